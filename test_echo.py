@@ -1,0 +1,1063 @@
+"""What echo.py promises, in the order of its README. Run with pytest and pytest-timeout.
+
+Most tests drive an EchoServer by hand: settle() gives it turns until nothing is ready any more, so
+what comes next is certain. Where time or other threads matter, it runs in a thread (`start`), and
+the command line, the signals and the log are tested on the script as a process (`run`).
+"""
+
+import contextlib
+import errno
+import itertools
+import logging
+import math
+import os
+import random
+import re
+import runpy
+import selectors
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import echo
+
+pytestmark = pytest.mark.timeout(60)
+
+SCRIPT = os.path.abspath(echo.__file__)
+PATIENCE = 10  # seconds that a socket, a process or a thread may take before a test fails
+LIMIT = 10  # bytes, where a test wants lines to be too long
+FLOOD = 64 << 20  # bytes: more than the kernel's buffers of a connection hold
+
+
+# Helpers, one idea each
+
+
+def connect(address):
+    if isinstance(address, echo.EchoServer):
+        address = address.addresses[0]
+    return socket.create_connection(address, timeout=PATIENCE)
+
+
+def connect_when_ready(address):
+    """Connect to a server whose ready line cannot be seen."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ConnectionRefusedError):
+            return connect(address)
+    return pytest.fail("it never listened")
+
+
+def read_all(sock):
+    """Return all that comes until EOF."""
+    return b"".join(iter(lambda: sock.recv(1 << 20), b""))
+
+
+def read(sock, count):
+    """Return the next `count` bytes, or fewer if EOF comes first."""
+    data = bytearray()
+    while len(data) < count:
+        chunk = sock.recv(count - len(data))
+        if not chunk:
+            break
+        data += chunk
+    return bytes(data)
+
+
+def ask(sock, line=b"are you there?\r\n"):
+    sock.sendall(line)
+    return read(sock, len(line)) == line
+
+
+def wait_until_refused(address):
+    with pytest.raises(ConnectionRefusedError):
+        while True:
+            with contextlib.suppress(ConnectionResetError):  # it was still in the queue
+                connect(address).close()
+
+
+def flood(sock, line, total=FLOOD):
+    """Send lines, read nothing, until nothing is taken for half a second. Return what was sent."""
+    data = memoryview(line * (total // len(line)))
+    sock.settimeout(0.5)
+    sent = 0
+    with contextlib.suppress(socket.timeout):
+        while sent < len(data):
+            sent += sock.send(data[sent : sent + (1 << 16)])
+    sock.settimeout(PATIENCE)
+    return bytes(data[:sent])
+
+
+def reset(sock):
+    """Close so that the peer sees a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def settle(server):
+    """Give turns until nothing is ready any more. A server that always finds work fails here."""
+    for _ in range(5000):
+        server._watch_listeners()
+        if not server._selector.select(0.01):
+            return
+        server._turn(0)
+    pytest.fail("the server never came to rest")
+
+
+def stall(server, line=b"x" * 1022 + b"\r\n"):
+    """Connect and send more than the kernel holds; return the socket and what it sent."""
+    client = connect(server)
+    client.setblocking(False)
+    data = memoryview(line * (FLOOD // len(line)))
+    sent, before = 0, -1
+    while sent > before:
+        before = sent
+        with contextlib.suppress(BlockingIOError):
+            while sent < len(data):
+                sent += client.send(data[sent : sent + (1 << 18)])
+        settle(server)
+    client.settimeout(PATIENCE)
+    return client, bytes(data[:sent])
+
+
+def framed(pieces, terminator=b"\r\n", max_line=echo.MAX_LINE):
+    """Feed the pieces to a new client; return what is to be echoed, and the client."""
+    client = echo.Client(None, "somebody", math.inf)
+    pieces = [memoryview(piece) for piece in pieces]
+    return b"".join([bytes(client.feed(p, terminator, max_line)) for p in pieces]), client
+
+
+def rule(stream, terminator=b"\r\n"):
+    """The contract: what a client that sends this stream reads."""
+    return stream[: stream.rfind(terminator) + len(terminator)] if terminator in stream else b""
+
+
+def cuts(stream):
+    """Yield every way to cut the stream into pieces."""
+    for places in itertools.product((False, True), repeat=max(len(stream) - 1, 0)):
+        edges = [0, *(i + 1 for i, cut in enumerate(places) if cut), len(stream)]
+        yield [stream[a:b] for a, b in zip(edges, edges[1:])]
+
+
+@pytest.fixture
+def server():
+    """A server to drive by hand."""
+    with echo.EchoServer(0, ["127.0.0.1"]) as server:
+        yield server
+
+
+@pytest.fixture
+def start():
+    """Start servers that run in threads, and stop them."""
+    with contextlib.ExitStack() as stack:
+
+        def start(hosts=("127.0.0.1",), **options):
+            server = stack.enter_context(echo.EchoServer(0, hosts, **options))
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            stack.callback(thread.join, PATIENCE)
+            stack.callback(server.shutdown)
+            server.thread = thread
+            return server
+
+        yield start
+
+
+class Script:
+    """echo.py as a process; `addresses` are those of its ready lines."""
+
+    def __init__(self, *arguments, ready=2, command=(sys.executable, SCRIPT), **options):
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        self.process = subprocess.Popen([*command, *arguments], env=environment, **options)
+        self.ready = [self.line() for _ in range(ready)]
+        matches = [re.fullmatch(r"listening on \[?(.*?)\]?:(\d+)", line) for line in self.ready]
+        self.addresses = [(m[1], int(m[2])) for m in matches]
+
+    def line(self):
+        return self.process.stdout.readline().decode("ascii").rstrip("\n")
+
+    def stop(self, number=signal.SIGTERM):
+        """Send a signal; return the status, the rest of stdout, and stderr."""
+        self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, (out or b"").decode("ascii").splitlines(), err
+
+
+@pytest.fixture
+def run():
+    """Start the script; kill what is left of it at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def run(*arguments, **options):
+            script = Script(*arguments, **options)
+            stack.enter_context(script.process)
+            stack.callback(script.process.kill)
+            return script
+
+        yield run
+
+
+def fails(*arguments, **options):
+    """Run the script, which is to end by itself; return its status, stdout and stderr."""
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *arguments], capture_output=True, timeout=PATIENCE, **options
+    )
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+def fail(monkeypatch, method, number, times=1):
+    """Make a method of all sockets fail so many times, with this errno, and then work again."""
+    real = getattr(socket.socket, method)
+    errors = [OSError(number, os.strerror(number)) for _ in range(times)]
+
+    def stand_in(*arguments):
+        if errors:
+            raise errors.pop()
+        return real(*arguments)
+
+    monkeypatch.setattr(socket.socket, method, stand_in, raising=False)
+
+
+# Lines
+
+
+@pytest.mark.parametrize("lf", [False, True])
+@pytest.mark.parametrize(
+    "stream",
+    [b"", b"\r", b"\n", b"\r\n", b"\r\n\r\na", b"\n\r\n\r\r\n\n", b"a\r\nb\r\n\r\r\nc",
+     b"ab\ncd\rx\r\n\0"],
+)  # fmt: skip
+def test_lines_come_back_exactly_however_the_stream_is_cut(stream, lf):
+    terminator = b"\n" if lf else b"\r\n"
+    for pieces in cuts(stream):
+        echoed, client = framed(pieces, terminator)
+        assert echoed == rule(stream, terminator)
+        assert client.inbox == stream[len(echoed) :]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_streams_are_answered_as_the_rule_says(server, seed):
+    chance = random.Random(seed)
+    stream = bytes(chance.choices(b"ab\r\r\n\n\0\xff", k=chance.randrange(2000)))
+    stream = stream.replace(b"a\n", b"\r\n")
+    with connect(server) as client:
+        left = stream
+        while left:
+            step = chance.randrange(1, 400)
+            client.sendall(left[:step])
+            left = left[step:]
+            server._turn(0)
+        client.shutdown(socket.SHUT_WR)
+        settle(server)
+        assert read_all(client) == rule(stream)
+
+
+def test_a_line_comes_back_as_soon_as_it_is_complete_and_no_part_of_one_before(server):
+    with connect(server) as client:
+        client.sendall(b"hel")
+        settle(server)
+        client.sendall(b"lo\r\nwor")
+        settle(server)
+        assert client.recv(100) == b"hello\r\n"
+        client.sendall(b"ld\r\n")
+        settle(server)
+        assert client.recv(100) == b"world\r\n"
+
+
+def test_a_megabyte_in_small_pieces_costs_no_more_than_in_large_ones():
+    pieces = [b"x" * 64] * (1 << 14)
+    before = time.process_time()
+    echoed, _ = framed([*pieces, b"\r\n"])
+    assert echoed == b"".join(pieces) + b"\r\n"
+    assert time.process_time() - before < 1  # seconds: 6 if each search starts at the beginning
+
+
+def test_bare_lf_is_explained_once_per_connection(server, caplog):
+    caplog.set_level(logging.INFO, "echo")
+    with connect(server) as one, connect(server) as other:
+        for client, data in (one, b"a\n"), (one, b"b\n\n"), (other, b"x\r\nc\nd"):
+            client.sendall(data)
+            settle(server)
+    hints = [text for text in caplog.messages if "LF without CR" in text]
+    assert len(hints) == 2 == len(set(hints))
+    assert all("nc -C" in text and "--lf" in text for text in hints)
+
+
+@pytest.mark.parametrize(("data", "lf"), [(b"a\nb\r\nc\r", False), (b"a\nb", True)])
+def test_there_is_no_hint_where_no_line_waits_for_its_cr(data, lf, caplog):
+    caplog.set_level(logging.INFO, "echo")
+    framed([data], b"\n" if lf else b"\r\n")
+    assert not caplog.messages
+
+
+# Clients
+
+
+def test_many_clients_in_halves_get_each_its_own(start):
+    server = start()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(server)) for _ in range(100)]
+        for client in clients:
+            client.sendall(b"I am num")
+        for i, client in enumerate(clients):
+            client.sendall(b"ber %d\r\n" % i)
+        for i, client in enumerate(clients):
+            assert client.recv(100) == b"I am number %d\r\n" % i
+
+
+def test_a_client_that_does_not_read_is_not_read_from_either_and_delays_nobody(server):
+    stalled, sent = stall(server)
+    with stalled, connect(server) as other:
+        assert len(sent) < FLOOD  # it was made to wait
+        (client,) = server._clients
+        assert len(client.inbox) + len(client.outbox) <= echo.MAX_LINE + echo.RECEIVE_SIZE
+        other.sendall(b"hello\r\n")
+        settle(server)
+        assert other.recv(100) == b"hello\r\n"
+
+
+def test_a_client_that_half_closes_and_reads_late_gets_every_byte(start):
+    server = start()
+    with connect(server) as late, connect(server) as other:
+        sent = flood(late, b"x" * 998 + b"\r\n")
+        assert ask(other)
+        late.shutdown(socket.SHUT_WR)
+        assert ask(other)
+        assert read_all(late) == rule(sent)
+
+
+def test_waiting_costs_nothing_whatever_the_clients_wait_for(server):
+    stalled, _ = stall(server)
+    half_closed, _ = stall(server)
+    with stalled, half_closed, connect(server), connect(server) as mid_line:
+        half_closed.shutdown(socket.SHUT_WR)
+        mid_line.sendall(b"hel")
+        settle(server)
+        assert len(server._clients) == 4
+        assert server._selector.select(0.1) == []
+
+
+def test_a_ready_client_costs_one_read_a_turn(server, monkeypatch):
+    reads = []
+    real = socket.socket.recv_into
+    monkeypatch.setattr(
+        socket.socket, "recv_into", lambda *a: reads.append(1) or real(*a), raising=False
+    )
+    with connect(server) as one, connect(server) as other:
+        settle(server)
+        one.sendall(b"x" * 3 * echo.RECEIVE_SIZE)
+        other.sendall(b"hello\r\n")
+        server._turn(1)
+        assert len(reads) == 2
+        assert other.recv(100) == b"hello\r\n"
+
+
+def test_after_a_stall_a_client_is_served_as_before(start):
+    line = b"x" * 998 + b"\r\n"
+    with connect(start()) as client:
+        sent = flood(client, line)
+        complete = rule(sent)
+        assert read(client, len(complete)) == complete
+        client.sendall(line[len(sent) - len(complete) :])  # the rest of the line that was cut
+        assert read(client, len(line)) == line
+        assert ask(client)
+
+
+@pytest.mark.parametrize("state", ["before accept", "mid-line", "owed"])
+def test_a_reset_ends_that_client_alone(server, state, caplog):
+    caplog.set_level(logging.INFO, "echo")
+    with connect(server) as other:
+        settle(server)
+        if state == "owed":
+            victim, _ = stall(server)
+        else:
+            victim = connect(server)
+            victim.sendall(b"hel")
+        if state == "mid-line":
+            settle(server)
+        reset(victim)
+        settle(server)
+        assert len(server._clients) == 1
+        assert sum("disconnected: [Errno" in text for text in caplog.messages) == 1
+        other.sendall(b"hello\r\n")
+        settle(server)
+        assert other.recv(100) == b"hello\r\n"
+
+
+@pytest.mark.parametrize("method", ["accept", "recv_into", "send"])
+def test_readiness_is_but_a_hint(server, method, monkeypatch):
+    fail(monkeypatch, method, errno.EAGAIN, 3)
+    with connect(server) as client:
+        client.sendall(b"hello\r\n")
+        settle(server)
+        assert client.recv(100) == b"hello\r\n"
+
+
+@pytest.mark.parametrize("number", [errno.ECONNRESET, errno.ETIMEDOUT, errno.EPIPE, errno.ENOBUFS])
+@pytest.mark.parametrize("method", ["recv_into", "send", "setsockopt", "setblocking"])
+def test_an_error_ends_that_client_alone(server, method, number, monkeypatch):
+    with connect(server) as other, connect(server) as victim:
+        if method in ("recv_into", "send"):
+            settle(server)
+        fail(monkeypatch, method, number)
+        victim.sendall(b"hello\r\n")
+        settle(server)
+        assert len(server._clients) == 1
+        assert other
+
+
+def test_connections_are_kept_alive_and_short_lines_are_not_held_back(server):
+    with connect(server):
+        settle(server)
+        (client,) = server._clients
+        assert client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert client.sock.gettimeout() == 0
+
+
+def test_idle_clients_go_whatever_they_wait_for_and_a_busy_one_stays(caplog):
+    caplog.set_level(logging.INFO, "echo")
+    with echo.EchoServer(0, ["127.0.0.1"], idle_timeout=0.8) as server:
+        stalled, _ = stall(server)
+        with stalled, connect(server) as quiet, connect(server) as half, connect(server) as busy:
+            half.sendall(b"hel")
+            started = time.monotonic()
+            settle(server)
+            while len(server._clients) > 1:
+                busy.sendall(b"hello\r\n")
+                server._turn(echo.TICK)
+                assert read(busy, 7) == b"hello\r\n"
+            assert 0.8 <= time.monotonic() - started < 0.8 + 2 * echo.TICK
+            assert read_all(quiet) == b""
+    assert sum("idle for 0.8 s" in text for text in caplog.messages) == 3
+
+
+def test_clients_that_come_and_go_leave_nothing_behind(server):
+    settle(server)
+    before = len(server._selector.get_map())
+    for _ in range(100):
+        with connect(server) as client:
+            client.sendall(b"hello\r\nhel")
+            settle(server)
+        settle(server)
+    assert not server._clients
+    assert len(server._selector.get_map()) == before
+
+
+# Limits
+
+TOO_LONG = {  # what is sent: what comes back, at a limit of LIMIT bytes a line
+    b"x" * 10 + b"\r\n": b"x" * 10 + b"\r\n",
+    b"x" * 11 + b"\r\n": b"",
+    b"x" * 11: b"",
+    b"x" * 10 + b"\r\r\n": b"",
+    b"a\r\n" + b"x" * 11 + b"\r\nb\r\n": b"a\r\n",
+    b"a\r\n" * 9 + b"\r" * 11 + b"\r\nb\r\n": b"a\r\n" * 9,
+    b"x" * 10 + b"\r\n" + b"\n" * 12 + b"\r\n": b"x" * 10 + b"\r\n",
+}
+
+
+@pytest.mark.parametrize(("stream", "echoed"), TOO_LONG.items())
+def test_a_line_over_the_limit_ends_the_connection_however_it_is_cut(stream, echoed):
+    places = itertools.combinations_with_replacement(range(len(stream)), 2)
+    threes = [[stream[:i], stream[i:j], stream[j:]] for i, j in places]
+    for pieces in [[bytes([byte]) for byte in stream], *threes]:
+        got, client = framed(pieces, max_line=LIMIT)
+        assert got == echoed
+        assert bool(client.ending) == (got != stream)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("stream", "echoed"), TOO_LONG.items())
+def test_a_client_over_the_limit_reads_the_lines_before_it_and_eof(stream, echoed, whole):
+    with echo.EchoServer(0, ["127.0.0.1"], max_line=LIMIT) as server, connect(server) as client:
+        for piece in [stream] if whole else [stream[i : i + 1] for i in range(len(stream))]:
+            client.sendall(piece)
+            settle(server)
+        if echoed == stream:
+            client.shutdown(socket.SHUT_WR)
+            settle(server)
+        assert read_all(client) == echoed
+
+
+def test_the_limit_of_lf_lines_does_not_count_the_lf():
+    for stream in b"x" * 10 + b"\n", b"x" * 10:
+        assert not framed([stream], b"\n", LIMIT)[1].ending
+    for stream in b"x" * 11 + b"\n", b"x" * 11, b"x" * 10 + b"\r":
+        assert framed([stream], b"\n", LIMIT)[1].ending
+
+
+def test_a_carriage_return_past_the_limit_may_still_be_of_the_terminator():
+    _, client = framed([b"x" * 10 + b"\r"], max_line=LIMIT)
+    assert not client.ending
+
+
+def test_a_client_that_goes_on_sending_reads_all_it_is_owed_and_is_gone_in_time(start, monkeypatch):
+    monkeypatch.setattr(echo, "LINGER", 0.5)
+    server = start(max_line=LIMIT)
+    lines = b"hello\r\n" * 1000
+    with connect(server) as client:
+        client.sendall(lines + b"x" * 100000)
+        assert read_all(client) == lines
+        with pytest.raises(ConnectionError):
+            while True:
+                client.sendall(b"x" * 1000)
+
+
+def test_what_follows_a_line_over_the_limit_is_thrown_away(server, monkeypatch):
+    monkeypatch.setattr(server, "_max_line", LIMIT)
+    with connect(server) as client:
+        settle(server)
+        (inside,) = server._clients
+        for _ in range(20):
+            client.sendall(b"x" * 100000)
+            settle(server)
+        assert len(inside.inbox) <= 100000
+        assert inside.received == 2000000
+        assert not inside.outbox
+
+
+def test_client_n_plus_one_waits_at_no_cost_and_is_served_when_one_leaves():
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(echo.EchoServer(0, ["127.0.0.1"], max_clients=2))
+        first, _, third = [stack.enter_context(connect(server)) for _ in range(3)]
+        third.sendall(b"hello\r\n")
+        settle(server)
+        assert len(server._clients) == 2
+        assert server._selector.select(0.1) == []
+        first.close()
+        settle(server)
+        assert third.recv(100) == b"hello\r\n"
+
+
+def test_the_last_place_is_given_once_when_two_come_in_one_turn():
+    with echo.EchoServer(0, ["127.0.0.1", "127.0.0.2"], max_clients=1) as server:
+        one, other = server.addresses
+        with connect(one), connect(other):
+            settle(server)
+            assert len(server._clients) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+def test_out_of_descriptors_accepting_rests_and_the_clients_that_are_in_are_served(
+    number, monkeypatch, caplog
+):
+    hosts = ["127.0.0.1", "127.0.0.2"]
+    with echo.EchoServer(0, hosts) as server, connect(server) as inside:
+        settle(server)
+        fail(monkeypatch, "accept", number)
+        with connect(server.addresses[0]) as waiting, connect(server.addresses[1]):
+            started = time.monotonic()
+            server._turn(1)
+            assert len(server._clients) == 1
+            inside.sendall(b"hello\r\n")
+            settle(server)
+            assert inside.recv(100) == b"hello\r\n"
+            assert server._selector.select(0.1) == []
+            waiting.sendall(b"hello\r\n")
+            while len(server._clients) < 3:
+                server._turn(echo.TICK)
+            assert time.monotonic() - started > echo.REST
+            settle(server)
+            assert waiting.recv(100) == b"hello\r\n"
+    warned = [text for text in caplog.messages if "cannot accept" in text]
+    assert len(warned) == 1
+    assert os.strerror(number) in warned[0]
+
+
+def test_a_connection_that_is_gone_before_it_is_accepted_stops_nothing(server, monkeypatch, caplog):
+    fail(monkeypatch, "accept", errno.ECONNABORTED)
+    with connect(server) as client:
+        client.sendall(b"hello\r\n")
+        settle(server)
+        assert client.recv(100) == b"hello\r\n"
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("selector", ["DefaultSelector", "PollSelector", "SelectSelector"])
+def test_selectors_behave_the_same(selector, monkeypatch):
+    if not hasattr(selectors, selector):
+        pytest.skip(f"this platform has no {selector}")
+    monkeypatch.setattr(selectors, "DefaultSelector", getattr(selectors, selector))
+    with echo.EchoServer(0, ["127.0.0.1"]) as server:
+        stalled, sent = stall(server)
+        with stalled, connect(server) as other:
+            other.sendall(b"hello\r\nhel")
+            settle(server)
+            assert other.recv(100) == b"hello\r\n"
+            stalled.shutdown(socket.SHUT_WR)
+            stalled.setblocking(False)
+            got = bytearray()
+            while len(got) < len(rule(sent)):
+                settle(server)
+                with contextlib.suppress(BlockingIOError):
+                    while chunk := stalled.recv(1 << 20):
+                        got += chunk
+            assert got == rule(sent)
+
+
+def test_select_is_not_given_more_descriptors_than_it_can_watch(monkeypatch):
+    monkeypatch.setattr(selectors, "DefaultSelector", selectors.SelectSelector)
+    with echo.EchoServer(0, ["127.0.0.1"]) as server:
+        assert server._max_clients == echo.MAX_CLIENTS_OF_SELECT < echo.MAX_CLIENTS
+    with echo.EchoServer(0, ["127.0.0.1"], max_clients=7) as server:
+        assert server._max_clients == 7
+
+
+# Command line
+
+
+def test_by_default_it_listens_on_both_loopbacks_on_port_12321(run):
+    for host in echo.LOOPBACKS:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            socket.create_server((host, 12321), family=family).close()
+        except OSError as error:
+            pytest.skip(f"{host} port 12321: {error}")
+    script = run()
+    assert script.ready == ["listening on 127.0.0.1:12321", "listening on [::1]:12321"]
+    for address in script.addresses:
+        with connect(address) as client:
+            assert ask(client)
+
+
+def test_port_0_is_the_same_free_port_on_both_loopbacks(run):
+    script = run("0")
+    (_, port), (_, other) = script.addresses
+    assert port == other != 0
+    for address in script.addresses:
+        with connect(address) as client:
+            assert ask(client)
+
+
+def test_bind_may_be_repeated_and_takes_names(run):
+    script = run("-b", "127.0.0.2", "--bind", "localhost", "0")
+    assert [host for host, _ in script.addresses] == ["127.0.0.2", "127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["x"], ["-1"], ["65536"], ["--max-line", "0"], ["--max-clients", "0"], ["--max-clients", "x"],
+     ["--idle-timeout", "0"], ["--idle-timeout", "nan"], ["-q", "-v"], ["--nonsense"],
+     ["-b", "\udcff"]],
+)  # fmt: skip
+def test_a_bad_argument_is_explained_with_status_2(arguments):
+    status, out, err = fails(*arguments)
+    assert (status, out) == (2, b"")
+    assert re.fullmatch(r"usage: (.*\n)+echo.py: error: .*\n", err)
+
+
+def test_a_port_in_use_is_named_with_status_1():
+    with socket.create_server(("127.0.0.2", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, out, err = fails("-b", "127.0.0.2", str(port))
+    assert (status, out) == (1, b"")
+    assert err == f"echo.py: cannot listen on 127.0.0.2:{port}: {os.strerror(errno.EADDRINUSE)}\n"
+
+
+def test_a_name_that_stands_for_nothing_is_named_with_status_1():
+    status, out, err = fails("-b", "nothing.invalid", "0")
+    assert (status, out) == (1, b"")
+    assert re.fullmatch(r"echo.py: cannot listen on nothing.invalid:0: [^\n]+\n", err)
+
+
+def test_version_and_help():
+    assert fails("--version") == (0, f"echo.py {echo.__version__}\n".encode(), "")
+    status, out, err = fails("-h")
+    assert (status, err) == (0, "")
+    assert all(word in out for word in (b"--bind", b"--lf", b"--max-line", b"-q", b"-v", b"12321"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sent", "expected"),
+    [(["--lf"], b"a\nb", b"a\n"), (["--max-line", "3"], b"abc\r\nabcd\r\n", b"abc\r\n"),
+     (["--idle-timeout", "0.1"], b"a\r\nb", b"a\r\n")],
+)  # fmt: skip
+def test_options_reach_the_server(run, arguments, sent, expected):
+    with connect(run(*arguments, "0").addresses[0]) as client:
+        client.sendall(sent)
+        if "--lf" in arguments:
+            client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == expected
+
+
+def test_max_clients_reaches_the_server(run):
+    script = run("--max-clients", "1", "0")
+    with connect(script.addresses[1]) as waiting:
+        with connect(script.addresses[0]):
+            pass
+        assert ask(waiting)
+
+
+def create_server_that_fails(monkeypatch, number, family, times=1):
+    """Make socket.create_server fail for this family, so many times."""
+    real, failures = socket.create_server, [OSError(number, "no") for _ in range(times)]
+
+    def stand_in(address, **options):
+        if options["family"] == family and failures:
+            raise failures.pop()
+        return real(address, **options)
+
+    monkeypatch.setattr(socket, "create_server", stand_in)
+
+
+@pytest.mark.parametrize("number", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
+def test_without_ipv6_it_serves_127_0_0_1_unless_ipv6_was_asked_for(number, monkeypatch):
+    create_server_that_fails(monkeypatch, number, socket.AF_INET6, 2)
+    with echo.EchoServer(0) as server:
+        assert [host for host, _ in server.addresses] == ["127.0.0.1"]
+    with pytest.raises(OSError, match=r"cannot listen on \[::1\]:\d+: no"):
+        echo.EchoServer(0, ["127.0.0.1", "::1"])
+
+
+def test_without_any_loopback_it_does_not_start(monkeypatch):
+    create_server_that_fails(monkeypatch, errno.EADDRNOTAVAIL, socket.AF_INET)
+    with pytest.raises(OSError, match=r"cannot listen on 127\.0\.0\.1:0: no"):
+        echo.EchoServer(0)
+
+
+def test_port_0_tries_again_if_the_port_is_taken_on_the_other_loopback(monkeypatch):
+    create_server_that_fails(monkeypatch, errno.EADDRINUSE, socket.AF_INET6)
+    with echo.EchoServer(0) as server:
+        assert len({port for _, port in server.addresses}) == 1
+        assert len(server.addresses) == 2
+
+
+def test_port_0_does_not_try_for_ever(monkeypatch):
+    create_server_that_fails(monkeypatch, errno.EADDRINUSE, socket.AF_INET6, 1000)
+    with pytest.raises(OSError, match="cannot listen on"):
+        echo.EchoServer(0)
+
+
+def test_a_start_that_fails_leaves_nothing_open():
+    with socket.create_server(("127.0.0.2", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=r"127\.0\.0\.2"):
+            echo.EchoServer(port, ["127.0.0.1", "127.0.0.2"])
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+# What it prints
+
+
+def test_each_connection_is_logged_when_it_comes_and_when_it_leaves(run):
+    script = run("0")
+    with connect(script.addresses[0]) as client:
+        me = echo.name(client.getsockname())
+        assert script.line() == f"{me} connected"
+        client.sendall(b"hello\r\nhel")
+        client.shutdown(socket.SHUT_WR)
+        assert script.line() == f"{me} disconnected: closed by client, 7 bytes echoed, 3 dropped"
+
+
+def test_quiet_prints_the_ready_lines_only(run):
+    script = run("-q", "0")
+    with connect(script.addresses[0]) as client:
+        assert ask(client, b"a\r\n")
+    assert script.stop() == (0, [], b"")
+
+
+def test_verbose_prints_each_line_as_printable_ascii_and_cut_short(run):
+    nasty = b"\0\x1b[2J\n127.0.0.1:1 connected\r\x7f\xff\xc3\xa9"
+    script = run("-v", "0")
+    with connect(script.addresses[0]) as client:
+        assert ask(client, nasty + b"\r\n" + b"y" * 500 + b"\r\n" + b"z" * echo.SHOWN + b"\r\n")
+    _, lines, _ = script.stop()
+    assert all(32 <= ord(c) < 127 for line in lines for c in line)
+    shown = [line.partition(" ")[2] for line in lines[1:-1]]
+    assert shown == [repr(nasty), f"b'{'y' * echo.SHOWN}'...", f"b'{'z' * echo.SHOWN}'"]
+
+
+def test_verbose_counts_what_it_does_not_show_of_very_many_lines(server, caplog):
+    caplog.set_level(logging.DEBUG, "echo")
+    with connect(server) as client:
+        client.sendall(b"a\r\n" * (echo.SHOWN + 5))
+        settle(server)
+    assert sum(text.endswith(" b'a'") for text in caplog.messages) == echo.SHOWN
+    assert caplog.messages[-1].endswith(" and 5 lines more")
+
+
+def test_a_log_pipe_that_nobody_reads_stops_nobody(run):
+    script = run("0")
+    for _ in range(1500):  # about 100 bytes of log each: more than a pipe holds
+        with connect(script.addresses[0]) as client:
+            assert ask(client)
+    script.process.stdout.close()
+    with connect(script.addresses[0]) as client:
+        assert ask(client)
+    script.process.stdout = None
+    assert script.stop() == (0, [], b"")
+
+
+def test_the_log_leaves_the_pipe_blocking_as_it_was():
+    fcntl = pytest.importorskip("fcntl")
+    receiver, sender = os.pipe()
+    try:
+        script = Script("0", ready=0, stdout=sender)
+        with script.process:
+            os.read(receiver, 1)
+            assert not fcntl.fcntl(sender, fcntl.F_GETFL) & os.O_NONBLOCK
+            assert script.stop()[0] == 0
+    finally:
+        os.close(receiver)
+        os.close(sender)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full and a POSIX shell")
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-", "2>&-", ">&- 2>&- <&-"])
+def test_without_a_usable_stdout_it_serves_on_and_the_log_goes_nowhere(run, redirection):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = f'exec "$0" "$1" -v -b 127.0.0.1 {port} {redirection}'
+    script = run(ready=0, command=["sh", "-c", command, sys.executable, SCRIPT])
+    with connect_when_ready(("127.0.0.1", port)) as client:
+        assert ask(client)
+        assert ask(client)
+        assert script.stop()[::2] == (0, b"")
+        assert read_all(client) == b""
+
+
+# Stopping
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_status_0_though_clients_sit_idle(run, number):
+    script = run("0")
+    with connect(script.addresses[0]) as client, connect(script.addresses[1]) as half_line:
+        assert ask(client)
+        half_line.sendall(b"hel")
+        assert ask(client)
+        started = time.monotonic()
+        status, lines, err = script.stop(number)
+        assert time.monotonic() - started < 1
+        assert (status, err) == (0, b"")
+        assert read_all(client) == read_all(half_line) == b""
+    assert sum("server stopping" in line for line in lines) == 2
+
+
+def test_stopping_sends_a_slow_reader_all_that_is_owed_and_then_eof(start):
+    line = b"x" * 998 + b"\r\n"
+    server = start()
+    with connect(server) as slow:
+        sent = flood(slow, line)
+        (client,) = server._clients
+        owed = client.sent + len(client.outbox)
+        server.shutdown()
+        got = read_all(slow)
+    assert got == sent[:owed]
+    assert got.endswith(b"\r\n")
+
+
+def test_stopping_refuses_new_connections_while_it_waits_for_a_slow_reader(start):
+    server = start()
+    with connect(server) as slow:
+        flood(slow, b"x" * 998 + b"\r\n")
+        server.shutdown()
+        wait_until_refused(server)
+        assert server.thread.is_alive()
+        read_all(slow)
+
+
+def test_stopping_waits_for_a_client_that_never_reads_no_longer_than_promised(start, monkeypatch):
+    monkeypatch.setattr(echo, "LINGER", 1.2)
+    server = start()
+    with connect(server) as client:
+        flood(client, b"x" * 998 + b"\r\n")
+        started = time.monotonic()
+        server.shutdown()
+        server.thread.join(PATIENCE)
+        assert 1.2 <= time.monotonic() - started < 1.6
+
+
+def test_stopping_does_not_reset_a_client_whose_input_is_unread(server):
+    with connect(server) as client:
+        client.sendall(b"hello\r\n" * 1000)
+        settle(server)
+        client.sendall(b"more")
+        server.shutdown()
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        assert read_all(client) == b"hello\r\n" * 1000
+        client.sendall(b"x" * 100000)
+        assert thread.is_alive()
+    thread.join(PATIENCE)
+
+
+def test_a_line_that_came_before_the_stop_is_echoed(server):
+    with connect(server) as client:
+        settle(server)
+        client.sendall(b"hello\r\n")
+        server.shutdown()
+        server._turn(0)
+        assert client.recv(100) == b"hello\r\n"
+
+
+def test_a_second_signal_ends_it_at_once(run):
+    script = run("0")
+    with connect(script.addresses[0]) as client:
+        flood(client, b"x" * 998 + b"\r\n")
+        script.process.send_signal(signal.SIGTERM)
+        wait_until_refused(script.addresses[0])
+        started = time.monotonic()
+        status, _, err = script.stop()
+        assert time.monotonic() - started < 1
+        assert (status, err) == (0, b"")
+
+
+def test_signals_may_come_at_any_time(run):
+    script = run("-q", "0")
+    while script.process.poll() is None:
+        script.process.send_signal(signal.SIGTERM)
+    assert script.process.returncode == 0
+    assert script.process.stderr.read() == b""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="background jobs are a POSIX shell's")
+def test_a_background_job_where_sigint_comes_ignored_can_be_interrupted(run):
+    script = run("0", command=["sh", "-c", 'trap "" INT; exec "$0" "$@"', sys.executable, SCRIPT])
+    assert script.stop(signal.SIGINT)[::2] == (0, b"")
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare") or getattr(os, "geteuid", lambda: 1)() != 0,
+    reason="needs root and unshare",
+)
+def test_as_pid_1_it_can_be_terminated(run):
+    unshare = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, SCRIPT]
+    script = run("0", command=unshare)
+    with open(f"/proc/{script.process.pid}/task/{script.process.pid}/children") as children:
+        os.kill(int(children.read()), signal.SIGTERM)
+    assert script.process.wait(PATIENCE) == 0
+
+
+def test_it_can_be_started_again_at_once_on_the_same_port(run):
+    script = run("0")
+    with connect(script.addresses[0]) as client:
+        assert ask(client)
+        assert script.stop()[0] == 0
+        again = run(str(script.addresses[0][1]))
+        with connect(again.addresses[0]) as other:
+            assert ask(other)
+
+
+# As a module
+
+
+def test_the_command_line_in_this_process(monkeypatch):
+    """The same as tests above see from outside, where coverage can see it."""
+    receiver, sender = os.pipe()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def play():
+        """Have a line echoed, stall, and send two signals."""
+        ready = out.readline().decode()
+        with connect(("127.0.0.1", int(ready.rpartition(":")[2]))) as client:
+            assert ask(client)
+            flood(client, b"x" * 998 + b"\r\n")
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_until_refused(client.getpeername())
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with open(receiver, "rb") as out, open(sender, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(os, "_exit", sys.exit)
+        monkeypatch.setattr(sys, "argv", ["echo.py", "-v", "-b", "127.0.0.1", "0"])
+        player = threading.Thread(target=play)
+        player.start()
+        try:
+            with pytest.raises(SystemExit) as exit:
+                echo.main()
+        finally:
+            player.join(PATIENCE)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            echo.log.handlers.clear()
+            echo.log.setLevel(logging.NOTSET)
+        assert not exit.value.code
+        assert b"are you there" in out.read1(4096)
+
+
+@pytest.mark.parametrize("arguments", [["65536"], ["-b", "nothing.invalid"]])
+def test_the_command_line_refuses_in_this_process(arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["echo.py", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(SCRIPT, run_name="__main__")
+    assert exit.value.code
+
+
+def test_import_starts_nothing_and_installs_no_handler():
+    code = """
+import logging, signal, threading
+before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+import echo
+assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+assert not logging.getLogger("echo").handlers
+assert not logging.root.handlers
+assert threading.active_count() == 1
+"""
+    where = {"cwd": os.path.dirname(SCRIPT), "capture_output": True, "timeout": PATIENCE}
+    done = subprocess.run([sys.executable, "-c", code], **where)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_shutdown_may_be_called_before_during_and_after_any_number_of_times(start):
+    server = start()
+    with connect(server) as client:
+        assert ask(client)
+        for _ in range(3):
+            server.shutdown()
+        server.thread.join(PATIENCE)
+        server.shutdown()
+    with echo.EchoServer(0) as early:
+        for _ in range(100000):
+            early.shutdown()
+        early.serve_forever()
+
+
+def test_shutdown_wakes_a_server_that_waits(start, monkeypatch):
+    monkeypatch.setattr(echo, "TICK", PATIENCE)
+    server = start()
+    with connect(server) as client:
+        assert ask(client)
+        started = time.monotonic()
+        server.shutdown()
+        server.thread.join(PATIENCE)
+        assert time.monotonic() - started < 1
+
+
+def test_close_closes_everything_and_may_be_called_again(caplog):
+    caplog.set_level(logging.INFO, "echo")
+    server = echo.EchoServer(0)
+    with connect(server) as client:
+        settle(server)
+        server.close()
+        assert client.recv(1) == b""
+        with pytest.raises(ConnectionRefusedError):
+            connect(server)
+    server.close()
+    server.shutdown()
+    assert "server closed" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"port": -1}, {"port": 65536}, {"max_line": 0}, {"max_clients": 0}, {"idle_timeout": 0},
+     {"idle_timeout": math.nan}],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(options):
+    with pytest.raises(ValueError, match="must be"):
+        echo.EchoServer(**options)
+
+
+def test_no_resource_is_left_to_the_garbage_collector(run):
+    script = run("0", command=[sys.executable, "-X", "dev", "-W", "error", SCRIPT])
+    with connect(script.addresses[0]) as client:
+        assert ask(client)
+        assert script.stop()[::2] == (0, b"")
