@@ -40,7 +40,7 @@ MAX_CLIENTS = 1000  # stays below 1,024 descriptors, the usual limit of a proces
 MAX_CLIENTS_OF_SELECT = 500  # select() fails past 1,024 descriptors, on Windows past 512 sockets
 BACKLOG = 4096  # connections that wait in the kernel; it cuts this to what it allows
 RECEIVE_SIZE = 1 << 18  # bytes that one read takes at most: long lines need few reads
-TICK = 0.5  # seconds between two looks at the deadlines
+TICK = 0.25  # seconds between two looks at the deadlines
 REST = 1.0  # seconds without accepting, once the kernel has run out of something
 LINGER = 5.0  # seconds that a clean end may take
 SHOWN = 80  # lines of a read, and bytes of a line, that the log shows
@@ -54,9 +54,6 @@ def name(address: Sequence[Any]) -> str:
 
 class Client:
     """One connection: what has come from it and what is owed to it. It touches no socket."""
-
-    __slots__ = ("bare_lf", "deadline", "ending", "inbox", "name",
-                 "outbox", "received", "sent", "sock")  # fmt: skip
 
     def __init__(self, sock: socket.socket, name: str, deadline: float) -> None:
         self.sock = sock
@@ -76,16 +73,17 @@ class Client:
         start = max(len(inbox) - 1, 0)  # one byte back: a CR may have been waiting for its LF
         inbox += chunk
         end = 0  # of the last complete line
-        if inbox.find(b"\n", start) >= 0:  # for speed alone: one byte is found 30 times faster
-            while (found := inbox.rfind(terminator, start, end + max_line + len(terminator))) >= 0:
-                start = end = found + len(terminator)  # then as far again as a line may reach
-            if not self.bare_lf and inbox.find(b"\n", end) >= 0:
-                self.bare_lf = True
-                log.info("%s sent LF without CR, which ends no line: try nc -C, or --lf", self.name)
+        reach = max_line + len(terminator)
+        lf = inbox.find(b"\n", start) >= 0  # for speed alone: one byte is found 30 times faster
+        while lf and (found := inbox.rfind(terminator, start, end + reach)) >= 0:
+            start = end = found + len(terminator)
         if end:
             self.inbox = inbox[end:]
         if len(self.inbox) - (self.inbox[-1:] == terminator[:-1]) > max_line:  # but for a CR
             self.ending = f"line longer than {max_line} bytes"
+        elif lf and not self.bare_lf and b"\n" in self.inbox:
+            self.bare_lf = True
+            log.info("%s sent LF without CR, which ends no line: try nc -C, or --lf", self.name)
         return memoryview(inbox)[:end] if end else chunk[:0]
 
 
@@ -100,10 +98,8 @@ class EchoServer:
     def __init__(self, port: int = PORT, hosts: Sequence[str] = LOOPBACKS, *, lf: bool = False,
                  max_line: int = MAX_LINE, max_clients: int = MAX_CLIENTS,
                  idle_timeout: float = math.inf) -> None:  # fmt: skip
-        if not 0 <= port <= 65535:
-            raise ValueError(f"port must be from 0 to 65535, not {port}")
-        if not (max_line > 0 and max_clients > 0 and idle_timeout > 0):
-            raise ValueError("max-line, max-clients and idle-timeout must be more than 0")
+        if not (0 <= port <= 65535 and max_line > 0 and max_clients > 0 and idle_timeout > 0):
+            raise ValueError("the port must be from 0 to 65535, the other numbers more than 0")
         self._terminator = b"\n" if lf else b"\r\n"
         self._max_line = max_line
         self._idle_timeout = idle_timeout
@@ -113,8 +109,8 @@ class EchoServer:
         self._selector = selectors.DefaultSelector()
         by_select = isinstance(self._selector, selectors.SelectSelector)
         self._max_clients = min(max_clients, MAX_CLIENTS_OF_SELECT) if by_select else max_clients
-        self._buffer = memoryview(bytearray(RECEIVE_SIZE))  # one for all: it is used up in each turn
-        self._rest_until = self._next_look = 0.0
+        self._buffer = memoryview(bytearray(RECEIVE_SIZE))  # one for all, used up in each turn
+        self._rest_until = self._next_look = self._now = 0.0
         self.stopping = self._watching = False  # watching: the listeners are registered
         # Neither a handler that returns (PEP 475) nor another thread ends `select`: this pair does.
         self._wake_receiver, self._wake_sender = socket.socketpair()
@@ -131,14 +127,14 @@ class EchoServer:
         """Serve until `shutdown()`, then send what is owed, for LINGER seconds at most; close."""
         while not self.stopping:
             self._turn(TICK)
-        self._watch_listeners()
+        self._turn(0)  # what has come until now is still echoed
         for listener in self._listeners:
             listener.close()  # from now on, connections are refused
-        unread = {key.data for key, _ in self._selector.select(0)}
-        for client in list(self._clients):
+        for client in self._clients:
             client.ending = client.ending or "server stopping"
-            if not client.outbox and client not in unread:
-                self._close(client, client.ending)
+            if not client.outbox:
+                self._linger(client)
+                client.deadline = self._now + TICK  # unless there is something unread, after all
         deadline = time.monotonic() + LINGER
         while self._clients and (left := deadline - time.monotonic()) > 0:
             self._turn(min(left, TICK))
@@ -162,33 +158,37 @@ class EchoServer:
         """Wait until sockets are ready, at most `timeout` seconds, and give each its turn."""
         self._watch_listeners()
         ready = self._selector.select(timeout)
-        now = time.monotonic()
+        self._now = time.monotonic()
         for key, _ in ready:
-            client = key.data
-            if not isinstance(client, Client):
-                client(key.fileobj)  # a listener or the wake-up: its data is what to call
+            if not isinstance(key.data, Client):
+                key.data(key.fileobj)  # a listener or the wake-up: its data is what to call
                 continue
             try:
-                if client.outbox:
-                    self._send(client)
-                else:
-                    self._receive(client)
-            except BlockingIOError:
-                pass  # readiness is but a hint
-            except (OSError, EOFError) as end:
-                self._close(client, str(end))
-                continue
-            if client.ending and not client.outbox:
-                self._linger(client, now)
-            else:
-                client.deadline = now + self._idle_timeout
-            events = EVENT_WRITE if client.outbox else EVENT_READ  # never both: see above
-            if events != key.events:
-                self._selector.modify(client.sock, events, client)
-        if now >= self._next_look:
-            self._next_look = now + TICK
-            for client in [client for client in self._clients if client.deadline <= now]:
+                self._serve(key.data, key.events)
+            except (OSError, EOFError, MemoryError) as end:
+                self._close(key.data, str(end))
+        if self._now >= self._next_look:
+            self._next_look = self._now + TICK
+            for client in [client for client in self._clients if client.deadline <= self._now]:
                 self._close(client, f"idle for {self._idle_timeout:g} s")
+
+    def _serve(self, client: Client, watched: int) -> None:
+        try:
+            if client.outbox:
+                sent = client.sock.send(client.outbox)
+                client.sent += sent
+                del client.outbox[:sent]  # what the kernel has no room for stays owed
+            else:
+                self._receive(client)
+        except BlockingIOError:
+            pass  # readiness is but a hint
+        if client.ending and not client.outbox:
+            self._linger(client)
+        else:
+            client.deadline = self._now + self._idle_timeout
+        events = EVENT_WRITE if client.outbox else EVENT_READ  # never both: see above
+        if events != watched:
+            self._selector.modify(client.sock, events, client)
 
     def _watch_listeners(self) -> bool:
         """Watch them, or else leave who comes in the kernel's queue; return which of the two."""
@@ -214,7 +214,7 @@ class EchoServer:
             self._rest_until = time.monotonic() + REST  # and trying again at once would spin
             log.warning("cannot accept: %s; next try in %g s", error, REST)
             return
-        client = Client(sock, name(address), time.monotonic() + self._idle_timeout)
+        client = Client(sock, name(address), self._now + self._idle_timeout)
         self._clients.add(client)
         log.info("%s connected", client.name)
         try:
@@ -245,11 +245,6 @@ class EchoServer:
                 client.sent += sent
                 client.outbox += lines[sent:]
 
-    def _send(self, client: Client) -> None:
-        sent = client.sock.send(client.outbox)
-        client.sent += sent
-        del client.outbox[:sent]  # what the kernel has no room for stays owed
-
     def _show(self, client: Client, lines: memoryview) -> None:
         *shown, more = bytes(lines).split(self._terminator, SHOWN)
         for line in shown:
@@ -257,10 +252,11 @@ class EchoServer:
         if more:
             log.debug("%s and %d lines more", client.name, more.count(self._terminator))
 
-    def _linger(self, client: Client, now: float) -> None:
+    def _linger(self, client: Client) -> None:
         """Say that this was all, and read on: closing over unread input makes the kernel send a
         reset (RFC 1122, 4.2.2.13), which destroys what is still on its way to the client."""
-        client.deadline = min(client.deadline, now + LINGER)
+        latest = self._now + LINGER
+        client.deadline = latest if self.stopping else min(client.deadline, latest)
         with contextlib.suppress(OSError):  # it is gone already; the next read says so
             client.sock.shutdown(socket.SHUT_WR)
 
@@ -336,6 +332,8 @@ def main() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    with contextlib.suppress(OSError, AttributeError):  # only a terminal of our own never blocks
+        os.dup2(os.open(os.ttyname(1), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY), 1)
     with server:
         log.addHandler(LogHandler() if sys.stdout else logging.NullHandler())
         log.setLevel(logging.DEBUG if args.v else logging.WARNING if args.q else logging.INFO)

@@ -290,10 +290,13 @@ def test_bare_lf_is_explained_once_per_connection(server, caplog):
     assert all("nc -C" in text and "--lf" in text for text in hints)
 
 
-@pytest.mark.parametrize(("data", "lf"), [(b"a\nb\r\nc\r", False), (b"a\nb", True)])
+@pytest.mark.parametrize(
+    ("data", "lf"),
+    [(b"a\nb\r\nc\r", False), (b"a\nb", True), (b"x" * 11 + b"\r\n", False), (b"x\n" * 11, True)],
+)
 def test_there_is_no_hint_where_no_line_waits_for_its_cr(data, lf, caplog):
     caplog.set_level(logging.INFO, "echo")
-    framed([data], b"\n" if lf else b"\r\n")
+    framed([data], b"\n" if lf else b"\r\n", LIMIT)
     assert not caplog.messages
 
 
@@ -895,8 +898,56 @@ def test_a_line_that_came_before_the_stop_is_echoed(server):
         settle(server)
         client.sendall(b"hello\r\n")
         server.shutdown()
-        server._turn(0)
+        server.serve_forever()
         assert client.recv(100) == b"hello\r\n"
+
+
+def test_a_line_on_its_way_when_it_stops_does_not_cost_what_was_sent(server, monkeypatch):
+    monkeypatch.setattr(echo, "TICK", 2)
+    with connect(server) as client:
+        client.sendall(b"hello\r\n" * 1000)
+        settle(server)
+        server.shutdown()
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        first = client.recv(1)
+        while client.recv(1, socket.MSG_PEEK):
+            first += client.recv(1 << 20)
+        client.sendall(b"one more\r\n")
+        assert first == b"hello\r\n" * 1000
+        assert client.recv(1) == b""
+    thread.join(PATIENCE)
+
+
+def test_running_out_of_memory_ends_that_client_alone(server, monkeypatch):
+    with connect(server) as other, connect(server) as greedy:
+        settle(server)
+        monkeypatch.setattr(echo.Client, "feed", lambda *_: bytearray(1 << 62))
+        greedy.sendall(b"hel")
+        settle(server)
+        assert greedy.recv(1) == b""
+        other.sendall(b"hello\r\n")
+        settle(server)
+        assert other.recv(100) == b"hello\r\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_a_terminal_that_nobody_reads_stops_nobody(run):
+    terminal, stdout = os.openpty()
+    try:
+        script = run("0", ready=0, stdout=stdout)
+        ready = b""
+        while ready.count(b"\n") < 2:
+            ready += os.read(terminal, 1000)
+        port = int(ready.split()[-1].rpartition(b":")[2])
+        for _ in range(500):
+            with connect(("127.0.0.1", port)) as client:
+                assert ask(client)
+        assert script.stop()[::2] == (0, b"")
+        assert os.get_blocking(stdout)
+    finally:
+        os.close(terminal)
+        os.close(stdout)
 
 
 def test_a_second_signal_ends_it_at_once(run):
@@ -1026,10 +1077,10 @@ def test_shutdown_wakes_a_server_that_waits(start, monkeypatch):
     server = start()
     with connect(server) as client:
         assert ask(client)
-        started = time.monotonic()
-        server.shutdown()
-        server.thread.join(PATIENCE)
-        assert time.monotonic() - started < 1
+    started = time.monotonic()
+    server.shutdown()
+    server.thread.join(PATIENCE)
+    assert time.monotonic() - started < 1
 
 
 def test_close_closes_everything_and_may_be_called_again(caplog):
