@@ -854,8 +854,8 @@ def test_stopping_sends_a_slow_reader_all_that_is_owed_and_then_eof(start):
         owed = client.sent + len(client.outbox)
         server.shutdown()
         got = read_all(slow)
-    assert got == sent[:owed]
-    assert got.endswith(b"\r\n")
+    assert len(got) >= owed
+    assert got == rule(sent[: len(got)])
 
 
 def test_stopping_refuses_new_connections_while_it_waits_for_a_slow_reader(start):
