@@ -159,6 +159,7 @@ class EchoServer:
         self._watch_listeners()
         ready = self._selector.select(timeout)
         self._now = time.monotonic()
+        self._verbose = log.isEnabledFor(logging.DEBUG)
         for key, _ in ready:
             if not isinstance(key.data, Client):
                 key.data(key.fileobj)  # a listener or the wake-up: its data is what to call
@@ -236,14 +237,15 @@ class EchoServer:
         if not whole or client.inbox or client.ending:  # for speed alone: whole lines need no copy
             lines = client.feed(lines, self._terminator, self._max_line)
         if lines:
-            if log.isEnabledFor(logging.DEBUG):
+            if self._verbose:
                 self._show(client, lines)
             sent = 0
             try:
                 sent = client.sock.send(lines)
             finally:  # also when the kernel has no room at all, which raises BlockingIOError
                 client.sent += sent
-                client.outbox += lines[sent:]
+                if sent < len(lines):
+                    client.outbox += lines[sent:]
 
     def _show(self, client: Client, lines: memoryview) -> None:
         *shown, more = bytes(lines).split(self._terminator, SHOWN)
