@@ -5,14 +5,14 @@
     python3 echo.py            # listens on 127.0.0.1:12321 and [::1]:12321
     nc -C localhost 12321      # in another terminal: type a line, get it back
 
-A line ends with CR LF and comes back byte for byte as soon as it is complete; part of one never
-does. No client delays another: not one that sends half a line, not one that stops reading. Memory
-per client is bounded, and an error on a connection ends that connection alone.
+A line ends with CR LF. It comes back byte for byte as soon as it is complete, and never before. No
+client delays another: not one that sends half a line, not one that stops reading. Memory per
+client is bounded, and an error on a connection ends that connection alone.
 
-How it works: no socket ever blocks. A selector tells which sockets are ready, and one loop gives
-each a short turn. In between, a client is two buffers: the inbox holds the part of a line that has
-come so far, the outbox the bytes that are owed. While bytes are owed, the loop waits to write to
-that client and reads nothing from it, so that TCP makes it wait, and it alone.
+How it works: a selector tells which sockets are ready, that is, need not be waited for, and one
+loop gives each a short turn. Between turns, a client is two buffers: the inbox holds the part of a
+line that has come so far, the outbox the bytes that are owed. While bytes are owed, the loop waits
+to write to that client and reads nothing from it, so that TCP makes it wait, and it alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import errno
 import logging
-import math
 import os
 import select
 import selectors
@@ -35,33 +34,33 @@ from typing import Any, Sequence
 __version__ = "1.0.0"
 PORT = 12321
 LOOPBACKS = ("127.0.0.1", "::1")
-MAX_LINE = 1 << 20  # bytes; longer than a line that somebody means to send
+MAX_LINE = 1 << 20  # bytes; longer than any line sent on purpose
 MAX_CLIENTS = 1000  # stays below 1,024 descriptors, the usual limit of a process
 MAX_CLIENTS_OF_SELECT = 500  # select() fails past 1,024 descriptors, on Windows past 512 sockets
-BACKLOG = 4096  # connections that wait in the kernel; it cuts this to what it allows
-RECEIVE_SIZE = 1 << 18  # bytes that one read takes at most: long lines need few reads
+BACKLOG = 4096  # connections that the kernel may queue until accepted; it has a limit of its own
+RECEIVE_SIZE = 1 << 18  # bytes per read at most: few reads for a long line, yet a short turn
 TICK = 0.25  # seconds between two looks at the deadlines
-REST = 1.0  # seconds without accepting, once the kernel has run out of something
+REST = 1.0  # seconds to stop accepting when descriptors or kernel memory have run out
 LINGER = 5.0  # seconds that a clean end may take
-SHOWN = 80  # lines of a read, and bytes of a line, that the log shows
+SHOWN = 80  # lines of a read, and bytes of a line, that -v logs
 log = logging.getLogger("echo")
 
 
-def name(address: Sequence[Any]) -> str:
+def endpoint(address: Sequence[Any]) -> str:
     """Return a socket address as people write it: 127.0.0.1:12321 or [::1]:12321."""
     return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
 
 
 class Client:
-    """One connection: what has come from it and what is owed to it. It touches no socket."""
+    """One connection: what has come from it and what is owed to it. It does no I/O."""
 
     def __init__(self, sock: socket.socket, name: str, deadline: float) -> None:
         self.sock = sock
         self.name = name  # its address
-        self.deadline = deadline  # when to give it up, on the clock of time.monotonic()
+        self.deadline = deadline  # when to close it, in seconds of time.monotonic()
         self.inbox = bytearray()  # the part of a line that has come so far
-        self.outbox = bytearray()  # complete lines that the kernel had no room for yet
-        self.ending = ""  # why it is being ended: what still comes is thrown away
+        self.outbox = bytearray()  # what the kernel had no room for yet of complete lines
+        self.ending = ""  # why the server ends it; from then on its input is thrown away
         self.bare_lf = False  # whether an LF has come without its CR
         self.received = self.sent = 0  # bytes
 
@@ -70,18 +69,19 @@ class Client:
         if self.ending:
             return chunk[:0]
         inbox = self.inbox
-        start = max(len(inbox) - 1, 0)  # one byte back: a CR may have been waiting for its LF
+        start = max(len(inbox) - 1, 0)  # searched already, but its last byte may be half a CR LF
         inbox += chunk
         end = 0  # of the last complete line
-        reach = max_line + len(terminator)
-        lf = inbox.find(b"\n", start) >= 0  # for speed alone: one byte is found 30 times faster
-        while lf and (found := inbox.rfind(terminator, start, end + reach)) >= 0:
+        reach = max_line + len(terminator)  # of one jump: no line within it can be too long
+        has_lf = inbox.find(b"\n", start) >= 0  # for speed alone: one byte is found 30 times faster
+        while has_lf and (found := inbox.rfind(terminator, start, end + reach)) >= 0:
             start = end = found + len(terminator)
         if end:
             self.inbox = inbox[end:]
-        if len(self.inbox) - (self.inbox[-1:] == terminator[:-1]) > max_line:  # but for a CR
+        half = self.inbox[-1:] == terminator[:-1]  # a CR, which may be half a terminator
+        if len(self.inbox) - half > max_line:
             self.ending = f"line longer than {max_line} bytes"
-        elif lf and not self.bare_lf and b"\n" in self.inbox:
+        elif has_lf and not self.bare_lf and b"\n" in self.inbox:
             self.bare_lf = True
             log.info("%s sent LF without CR, which ends no line: try nc -C, or --lf", self.name)
         return memoryview(inbox)[:end] if end else chunk[:0]
@@ -97,9 +97,9 @@ class EchoServer:
 
     def __init__(self, port: int = PORT, hosts: Sequence[str] = LOOPBACKS, *, lf: bool = False,
                  max_line: int = MAX_LINE, max_clients: int = MAX_CLIENTS,
-                 idle_timeout: float = math.inf) -> None:  # fmt: skip
+                 idle_timeout: float = float("inf")) -> None:  # fmt: skip
         if not (0 <= port <= 65535 and max_line > 0 and max_clients > 0 and idle_timeout > 0):
-            raise ValueError("the port must be from 0 to 65535, the other numbers more than 0")
+            raise ValueError("the port must be 0 to 65535, every other number above 0")
         self._terminator = b"\n" if lf else b"\r\n"
         self._max_line = max_line
         self._idle_timeout = idle_timeout
@@ -110,9 +110,8 @@ class EchoServer:
         by_select = isinstance(self._selector, selectors.SelectSelector)
         self._max_clients = min(max_clients, MAX_CLIENTS_OF_SELECT) if by_select else max_clients
         self._buffer = memoryview(bytearray(RECEIVE_SIZE))  # one for all, used up in each turn
-        self._rest_until = self._next_look = self._now = 0.0
+        self._rest_until = self._next_check = self._now = 0.0
         self.stopping = self._watching = False  # watching: the listeners are registered
-        # Neither a handler that returns (PEP 475) nor another thread ends `select`: this pair does.
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_sender.setblocking(False)
         self._selector.register(self._wake_receiver, EVENT_READ, self._selector.unregister)
@@ -124,75 +123,56 @@ class EchoServer:
         self.close()
 
     def serve_forever(self) -> None:
-        """Serve until `shutdown()`, then send what is owed, for LINGER seconds at most; close."""
+        """Serve until `shutdown()`; then send what is owed, for LINGER seconds at most; close."""
         while not self.stopping:
-            self._turn(TICK)
-        self._turn(0)  # what has come until now is still echoed
+            self._run_once(TICK)
+        self._run_once(0)  # echo what has just come, one read of it
         for listener in self._listeners:
             listener.close()  # from now on, connections are refused
         for client in self._clients:
             client.ending = client.ending or "server stopping"
             if not client.outbox:
                 self._linger(client)
-                client.deadline = self._now + TICK  # unless there is something unread, after all
+                client.deadline = self._now + TICK  # a read of unread input extends it: see _linger
         deadline = time.monotonic() + LINGER
         while self._clients and (left := deadline - time.monotonic()) > 0:
-            self._turn(min(left, TICK))
+            self._run_once(min(left, TICK))
         self.close()
 
     def shutdown(self) -> None:
         """Make `serve_forever()` return. Any thread or signal handler may call it, and again."""
         self.stopping = True
-        with contextlib.suppress(OSError):  # wake-ups enough are waiting, or it is closed
-            self._wake_sender.send(b"\0")
+        with contextlib.suppress(OSError):  # full of wake-ups already, or closed
+            self._wake_sender.send(b"\0")  # ends select: a signal by itself does not (PEP 475)
 
     def close(self) -> None:
-        """Close everything at once. A second time does no harm."""
+        """Close everything at once. Calling it again does no harm."""
         for client in list(self._clients):
             self._close(client, "server closed")
         for sock in (*self._listeners, self._wake_receiver, self._wake_sender):
             sock.close()
         self._selector.close()
 
-    def _turn(self, timeout: float) -> None:
+    def _run_once(self, timeout: float) -> None:
         """Wait until sockets are ready, at most `timeout` seconds, and give each its turn."""
         self._watch_listeners()
         ready = self._selector.select(timeout)
         self._now = time.monotonic()
-        self._verbose = log.isEnabledFor(logging.DEBUG)
-        for key, _ in ready:
+        for key, _ in ready:  # the mask tells nothing new: a client waits for one event only
             if not isinstance(key.data, Client):
-                key.data(key.fileobj)  # a listener or the wake-up: its data is what to call
+                key.data(key.fileobj)  # a listener or the wake-up, whose data is what to call
                 continue
             try:
                 self._serve(key.data, key.events)
-            except (OSError, EOFError, MemoryError) as end:
-                self._close(key.data, str(end))
-        if self._now >= self._next_look:
-            self._next_look = self._now + TICK
+            except (OSError, EOFError, MemoryError) as reason:
+                self._close(key.data, str(reason) or "out of memory")
+        if self._now >= self._next_check:
+            self._next_check = self._now + TICK
             for client in [client for client in self._clients if client.deadline <= self._now]:
                 self._close(client, f"idle for {self._idle_timeout:g} s")
 
-    def _serve(self, client: Client, watched: int) -> None:
-        try:
-            if client.outbox:
-                sent = client.sock.send(client.outbox)
-                client.sent += sent
-                del client.outbox[:sent]  # what the kernel has no room for stays owed
-            else:
-                self._receive(client)
-        except BlockingIOError:
-            pass  # readiness is but a hint
-        if client.ending and not client.outbox:
-            self._linger(client)
-        else:
-            client.deadline = self._now + self._idle_timeout
-        events = EVENT_WRITE if client.outbox else EVENT_READ  # never both: see above
-        if events != watched:
-            self._selector.modify(client.sock, events, client)
-
     def _watch_listeners(self) -> bool:
-        """Watch them, or else leave who comes in the kernel's queue; return which of the two."""
+        """Watch them while there is room; else the kernel queues who comes. Return which it is."""
         room = len(self._clients) < self._max_clients
         accepting = room and not self.stopping and time.monotonic() >= self._rest_until
         if accepting != self._watching:
@@ -206,25 +186,45 @@ class EchoServer:
 
     def _accept(self, listener: socket.socket) -> None:
         if not self._watch_listeners():
-            return  # another listener had its turn just now, and took the last place or failed
+            return  # another listener, earlier in this turn, has taken the last place or failed
         try:
             sock, address = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
-            return  # it has gone again
-        except OSError as error:  # EMFILE, ENFILE, ENOBUFS, ENOMEM: the connection stays queued,
-            self._rest_until = time.monotonic() + REST  # and trying again at once would spin
+            return  # the client has hung up already
+        except OSError as error:  # EMFILE, ENOMEM, ...: it stays queued, hence ready: rest, or spin
+            self._rest_until = time.monotonic() + REST
             log.warning("cannot accept: %s; next try in %g s", error, REST)
             return
-        client = Client(sock, name(address), self._now + self._idle_timeout)
+        client = Client(sock, endpoint(address), self._now + self._idle_timeout)
         self._clients.add(client)
         log.info("%s connected", client.name)
         try:
             sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # short lines go at once
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # who has vanished, ends
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # do not delay short lines
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # find who has vanished
             self._selector.register(sock, EVENT_READ, client)
         except OSError as error:
             self._close(client, str(error))
+
+    def _serve(self, client: Client, watched: int) -> None:
+        """Send if bytes are owed, else read; then watch for what the client needs next."""
+        if client.outbox or not client.ending:  # one that only lingers gets no more time
+            client.deadline = self._now + self._idle_timeout
+        try:
+            if client.outbox:
+                sent = client.sock.send(client.outbox)
+                client.sent += sent  # maybe a part: what the kernel's buffer has room for
+                del client.outbox[:sent]
+            else:
+                self._receive(client)
+        except BlockingIOError:
+            pass  # nothing to read, or no room, after all: readiness is only a hint
+        if client.ending and not client.outbox:
+            self._linger(client)
+        # Never both: nearly every socket has room, so watched for writing it would always be ready.
+        events = EVENT_WRITE if client.outbox else EVENT_READ
+        if events != watched:
+            self._selector.modify(client.sock, events, client)
 
     def _receive(self, client: Client) -> None:
         """Read once, and try at once to send the lines that are complete: mostly it all goes."""
@@ -237,12 +237,12 @@ class EchoServer:
         if not whole or client.inbox or client.ending:  # for speed alone: whole lines need no copy
             lines = client.feed(lines, self._terminator, self._max_line)
         if lines:
-            if self._verbose:
+            if log.isEnabledFor(logging.DEBUG):
                 self._show(client, lines)
             sent = 0
             try:
                 sent = client.sock.send(lines)
-            finally:  # also when the kernel has no room at all, which raises BlockingIOError
+            finally:  # the rest is owed; all is, if there is no room (BlockingIOError)
                 client.sent += sent
                 if sent < len(lines):
                     client.outbox += lines[sent:]
@@ -252,19 +252,19 @@ class EchoServer:
         for line in shown:
             log.debug("%s %r%s", client.name, line[:SHOWN], "..." if line[SHOWN:] else "")
         if more:
-            log.debug("%s and %d lines more", client.name, more.count(self._terminator))
+            log.debug("%s and more lines: %d", client.name, more.count(self._terminator))
 
     def _linger(self, client: Client) -> None:
-        """Say that this was all, and read on: closing over unread input makes the kernel send a
+        """Send EOF and read on, to throw away: closing over unread input makes the kernel send a
         reset (RFC 1122, 4.2.2.13), which destroys what is still on its way to the client."""
-        latest = self._now + LINGER
+        latest = self._now + LINGER  # or a while after each read, when stopping ends it
         client.deadline = latest if self.stopping else min(client.deadline, latest)
         with contextlib.suppress(OSError):  # it is gone already; the next read says so
             client.sock.shutdown(socket.SHUT_WR)
 
     def _close(self, client: Client, reason: str) -> None:
         with contextlib.suppress(KeyError):  # it was never registered
-            self._selector.unregister(client.sock)  # before its number is another socket's
+            self._selector.unregister(client.sock)  # first: close() frees its number for another
         client.sock.close()
         self._clients.discard(client)
         log.info("%s disconnected: %s, %d bytes echoed, %d dropped", client.name,
@@ -287,20 +287,20 @@ def listen(port: int, hosts: Sequence[str], tries: int = 10) -> list[socket.sock
                 listener.close()
             if error.errno == errno.EADDRINUSE and port == 0 and tries:
                 return listen(port, hosts, tries - 1)
-            text = f"cannot listen on {name((host, bound))}: {error.strerror}".partition(" (")[0]
-            raise OSError(error.errno, text) from None
+            text = f"cannot listen on {endpoint((host, bound))}: {error.strerror}"
+            raise OSError(error.errno, text.partition(" (")[0]) from None
         listeners[-1].setblocking(False)
     return listeners
 
 
 class LogHandler(logging.Handler):
-    """Writes the log to stdout, and drops a line sooner than wait or fail."""
+    """Writes the log to stdout. Drops a line rather than let its slow reader stop the loop."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write if there is room for 512 bytes (POSIX, PIPE_BUF): our lines are shorter."""
+        """Write if stdout has room: in a pipe for PIPE_BUF bytes (POSIX: 512), more than a line."""
         line = self.format(record).encode("ascii", "backslashreplace") + b"\n"
         with contextlib.suppress(OSError):  # nobody reads it any more, or the disk is full
-            if os.name == "nt" or select.select([], [sys.stdout], [], 0)[1]:
+            if os.name == "nt" or select.select([], [sys.stdout], [], 0)[1]:  # Windows cannot tell
                 os.write(sys.stdout.fileno(), line)
 
 
@@ -310,40 +310,40 @@ def main() -> None:
     add = parser.add_argument
     add("port", nargs="?", type=int, default=PORT, help="0 takes a free one (default: %(default)s)")
     add("--version", action="version", version=f"%(prog)s {__version__}")
-    add("-b", "--bind", metavar="ADDRESS", action="append", help="default: 127.0.0.1 and ::1")
+    add("-b", "--bind", metavar="ADDRESS", action="append", help="default: both loopbacks")
     add("--lf", action="store_true", help="lines end with LF alone, not with CR LF")
-    add("--max-line", metavar="BYTES", type=int, default=MAX_LINE, help="default: %(default)s")
+    add("--max-line", metavar="BYTES", type=int, default=MAX_LINE, help=f"default: {MAX_LINE}")
     add("--max-clients", metavar="N", type=int, default=MAX_CLIENTS, help="default: %(default)s")
-    add("--idle-timeout", metavar="SECONDS", type=float, default=math.inf, help="default: never")
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("-q", action="store_true", help="log warnings only")
-    add("-v", action="store_true", help="log each echoed line, too")
+    add("--idle-timeout", metavar="SECONDS", type=float, default="inf", help="default: never")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("-q", action="store_true", help="log warnings only")
+    either.add_argument("-v", action="store_true", help="log each echoed line, too")
     args = parser.parse_args()
     try:
         server = EchoServer(args.port, args.bind or LOOPBACKS, lf=args.lf, max_line=args.max_line,
                             max_clients=args.max_clients, idle_timeout=args.idle_timeout)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:  # TypeError: a name that cannot be encoded
         parser.error(str(error))
     except OSError as error:
         sys.exit(f"{parser.prog}: {error.strerror}")
 
     def _stop(*_: object) -> None:
         if server.stopping:
-            os._exit(0)  # at once
+            os._exit(0)  # the second signal: what is owed is lost
         server.shutdown()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    with contextlib.suppress(OSError, AttributeError):  # only a terminal of our own never blocks
+    with contextlib.suppress(OSError, AttributeError):  # reopen a terminal: its flags are shared
         os.dup2(os.open(os.ttyname(1), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY), 1)
     with server:
         log.addHandler(LogHandler() if sys.stdout else logging.NullHandler())
         log.setLevel(logging.DEBUG if args.v else logging.WARNING if args.q else logging.INFO)
         for address in server.addresses:
-            log.log(log.level, "listening on %s", name(address))  # also with -q
+            log.log(log.level, "listening on %s", endpoint(address))  # also with -q
         server.serve_forever()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # too late to end it at once, or otherwise
+        signal.signal(number, signal.SIG_IGN)  # Python's exit would make a late one deadly
 
 
 if __name__ == "__main__":

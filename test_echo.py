@@ -106,7 +106,7 @@ def settle(server):
         server._watch_listeners()
         if not server._selector.select(0.01):
             return
-        server._turn(0)
+        server._run_once(0)
     pytest.fail("the server never came to rest")
 
 
@@ -253,7 +253,7 @@ def test_random_streams_are_answered_as_the_rule_says(server, seed):
             step = chance.randrange(1, 400)
             client.sendall(left[:step])
             left = left[step:]
-            server._turn(0)
+            server._run_once(0)
         client.shutdown(socket.SHUT_WR)
         settle(server)
         assert read_all(client) == rule(stream)
@@ -357,7 +357,7 @@ def test_a_ready_client_costs_one_read_a_turn(server, monkeypatch):
         settle(server)
         one.sendall(b"x" * 3 * echo.RECEIVE_SIZE)
         other.sendall(b"hello\r\n")
-        server._turn(1)
+        server._run_once(1)
         assert len(reads) == 2
         assert other.recv(100) == b"hello\r\n"
 
@@ -371,6 +371,25 @@ def test_after_a_stall_a_client_is_served_as_before(start):
         client.sendall(line[len(sent) - len(complete) :])  # the rest of the line that was cut
         assert read(client, len(line)) == line
         assert ask(client)
+
+
+def test_a_client_whose_bytes_go_out_in_small_parts_gets_every_byte(server):
+    line = bytes(range(128, 256)) * 8000 + b"\r\n"
+    with connect(server) as client:
+        settle(server)
+        (inside,) = server._clients
+        inside.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10000)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 10000)
+        client.setblocking(False)
+        sent, got = 0, b""
+        while len(got) < len(line):
+            with contextlib.suppress(BlockingIOError):
+                sent += client.send(line[sent:])
+            server._run_once(0)
+            with contextlib.suppress(BlockingIOError):
+                got += client.recv(10000)
+        assert got == line
+        assert inside.sent == inside.received == len(line)
 
 
 @pytest.mark.parametrize("state", ["before accept", "mid-line", "owed"])
@@ -435,11 +454,23 @@ def test_idle_clients_go_whatever_they_wait_for_and_a_busy_one_stays(caplog):
             settle(server)
             while len(server._clients) > 1:
                 busy.sendall(b"hello\r\n")
-                server._turn(echo.TICK)
+                server._run_once(echo.TICK)
                 assert read(busy, 7) == b"hello\r\n"
             assert 0.8 <= time.monotonic() - started < 0.8 + 2 * echo.TICK
             assert read_all(quiet) == b""
     assert sum("idle for 0.8 s" in text for text in caplog.messages) == 3
+
+
+@pytest.mark.parametrize("ending", [b"x" * 11, b"a\r\n" + b"x" * 11])
+def test_being_ended_counts_as_activity(server, monkeypatch, ending):
+    monkeypatch.setattr(server, "_max_line", LIMIT)
+    with connect(server) as client:
+        settle(server)
+        (inside,) = server._clients
+        inside.deadline = server._now + 0.1
+        client.sendall(ending)
+        settle(server)
+        assert inside.deadline > server._now + 1
 
 
 def test_clients_that_come_and_go_leave_nothing_behind(server):
@@ -514,7 +545,7 @@ def test_a_client_that_goes_on_sending_reads_all_it_is_owed_and_is_gone_in_time(
     server = start(max_line=LIMIT)
     lines = b"hello\r\n" * 1000
     with connect(server) as client:
-        client.sendall(lines + b"x" * 100000)
+        client.sendall(lines + b"x" * 10 * echo.RECEIVE_SIZE)
         assert read_all(client) == lines
         with pytest.raises(ConnectionError):
             while True:
@@ -564,7 +595,7 @@ def test_out_of_descriptors_accepting_rests_and_the_clients_that_are_in_are_serv
         settle(server)
         fail(monkeypatch, "accept", number)
         with connect(server.addresses[0]) as waiting, connect(server.addresses[1]):
-            server._turn(1)
+            server._run_once(1)
             started = time.monotonic()
             assert len(server._clients) == 1
             inside.sendall(b"hello\r\n")
@@ -573,7 +604,7 @@ def test_out_of_descriptors_accepting_rests_and_the_clients_that_are_in_are_serv
             assert server._selector.select(0.1) == []
             waiting.sendall(b"hello\r\n")
             while len(server._clients) < 3:
-                server._turn(echo.TICK)
+                server._run_once(echo.TICK)
             assert 0.9 < time.monotonic() - started < 1.9
             settle(server)
             assert waiting.recv(100) == b"hello\r\n"
@@ -760,7 +791,7 @@ def test_a_start_that_fails_leaves_nothing_open():
 def test_each_connection_is_logged_when_it_comes_and_when_it_leaves(run):
     script = run("0")
     with connect(script.addresses[0]) as client:
-        me = echo.name(client.getsockname())
+        me = echo.endpoint(client.getsockname())
         assert script.line() == f"{me} connected"
         client.sendall(b"hello\r\nhel")
         client.shutdown(socket.SHUT_WR)
@@ -791,7 +822,7 @@ def test_verbose_counts_what_it_does_not_show_of_very_many_lines(server, caplog)
         client.sendall(b"a\r\n" * (echo.SHOWN + 5))
         settle(server)
     assert sum(text.endswith(" b'a'") for text in caplog.messages) == echo.SHOWN
-    assert caplog.messages[-1].endswith(" and 5 lines more")
+    assert caplog.messages[-1].endswith(" and more lines: 5")
 
 
 def test_a_log_pipe_that_nobody_reads_stops_nobody(run):
@@ -927,13 +958,15 @@ def test_a_line_on_its_way_when_it_stops_does_not_cost_what_was_sent(server, mon
     thread.join(PATIENCE)
 
 
-def test_running_out_of_memory_ends_that_client_alone(server, monkeypatch):
+def test_running_out_of_memory_ends_that_client_alone(server, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "echo")
     with connect(server) as other, connect(server) as greedy:
         settle(server)
         monkeypatch.setattr(echo.Client, "feed", lambda *_: bytearray(1 << 62))
         greedy.sendall(b"hel")
         settle(server)
         assert greedy.recv(1) == b""
+        assert any("out of memory" in text for text in caplog.messages)
         other.sendall(b"hello\r\n")
         settle(server)
         assert other.recv(100) == b"hello\r\n"
