@@ -381,8 +381,8 @@ def test_a_client_whose_bytes_go_out_in_small_parts_gets_every_byte(server):
         inside.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10000)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 10000)
         client.setblocking(False)
-        sent, got = 0, b""
-        while len(got) < len(line):
+        sent, got, deadline = 0, b"", time.monotonic() + PATIENCE
+        while len(got) < len(line) and time.monotonic() < deadline:
             with contextlib.suppress(BlockingIOError):
                 sent += client.send(line[sent:])
             server._run_once(0)
@@ -1156,3 +1156,15 @@ def test_no_resource_is_left_to_the_garbage_collector(run):
     with connect(script.addresses[0]) as client:
         assert ask(client)
         assert script.stop()[::2] == (0, b"")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+def test_the_recipe_for_a_ci_job_in_the_readme_works(tmp_path):
+    with open(os.path.join(os.path.dirname(SCRIPT), "README.md")) as readme:
+        (recipe,) = re.findall(r"^```sh\n(set -e\nmkfifo .*?)^```$", readme.read(), re.M | re.S)
+    os.symlink(sys.executable, tmp_path / "python3")
+    os.symlink(SCRIPT, tmp_path / "echo.py")
+    options = {"cwd": tmp_path, "capture_output": True, "timeout": PATIENCE}
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["sh", "-c", recipe], env={**os.environ, "PATH": path}, **options)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"b'hello\\r\\n'\n", b"")
