@@ -112,7 +112,7 @@ class EchoServer:
         self._buffer = memoryview(bytearray(RECEIVE_SIZE))  # one for all, used up in each turn
         self._rest_until = self._next_check = self._now = 0.0
         self.stopping = self._watching = False  # watching: the listeners are registered
-        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._wake_receiver, self._wake_sender = socket.socketpair()  # see shutdown()
         self._wake_sender.setblocking(False)
         self._selector.register(self._wake_receiver, EVENT_READ, self._selector.unregister)
 
@@ -160,7 +160,7 @@ class EchoServer:
         self._now = time.monotonic()
         for key, _ in ready:  # the mask tells nothing new: a client waits for one event only
             if not isinstance(key.data, Client):
-                key.data(key.fileobj)  # a listener or the wake-up, whose data is what to call
+                key.data(key.fileobj)  # a listener or the wake-up: registered with what to call
                 continue
             try:
                 self._serve(key.data, key.events)
@@ -257,7 +257,7 @@ class EchoServer:
     def _linger(self, client: Client) -> None:
         """Send EOF and read on, to throw away: closing over unread input makes the kernel send a
         reset (RFC 1122, 4.2.2.13), which destroys what is still on its way to the client."""
-        latest = self._now + LINGER  # or a while after each read, when stopping ends it
+        latest = self._now + LINGER  # from each read when stopping, else from the first
         client.deadline = latest if self.stopping else min(client.deadline, latest)
         with contextlib.suppress(OSError):  # it is gone already; the next read says so
             client.sock.shutdown(socket.SHUT_WR)
