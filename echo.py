@@ -62,12 +62,10 @@ class Client:
         self.outbox = bytearray()  # what the kernel had no room for yet of complete lines
         self.ending = ""  # why the server ends it; from then on its input is thrown away
         self.bare_lf = False  # whether an LF has come without its CR
-        self.received = self.sent = 0  # bytes
+        self.sent = self.dropped = 0  # bytes
 
     def feed(self, chunk: memoryview, terminator: bytes, max_line: int) -> memoryview:
         """Take what has come, return the lines that are complete now, and keep the rest."""
-        if self.ending:
-            return chunk[:0]
         inbox = self.inbox
         start = max(len(inbox) - 1, 0)  # searched already, but its last byte may be half a CR LF
         inbox += chunk
@@ -92,8 +90,7 @@ class EchoServer:
 
     With `lf`, lines end with LF alone. A line over `max_line` bytes, its terminator not counted,
     ends the connection. `idle_timeout` is in seconds without a byte in or out. Raises ValueError
-    for a number out of range, OSError for an address that cannot be bound.
-    """
+    for a number out of range, OSError for an address that cannot be bound."""
 
     def __init__(self, port: int = PORT, hosts: Sequence[str] = LOOPBACKS, *, lf: bool = False,
                  max_line: int = MAX_LINE, max_clients: int = MAX_CLIENTS,
@@ -109,12 +106,13 @@ class EchoServer:
         self._selector = selectors.DefaultSelector()
         by_select = isinstance(self._selector, selectors.SelectSelector)
         self._max_clients = min(max_clients, MAX_CLIENTS_OF_SELECT) if by_select else max_clients
-        self._buffer = memoryview(bytearray(RECEIVE_SIZE))  # one for all, used up in each turn
-        self._rest_until = self._next_check = self._now = 0.0
+        self._buffer = bytearray(RECEIVE_SIZE)  # one for all, used up in each turn
+        self._view = memoryview(self._buffer)
+        self._rest_until = self._next_check = 0.0
         self.stopping = self._watching = False  # watching: the listeners are registered
         self._wake_receiver, self._wake_sender = socket.socketpair()  # see shutdown()
         self._wake_sender.setblocking(False)
-        self._selector.register(self._wake_receiver, EVENT_READ, self._selector.unregister)
+        self._selector.register(self._wake_receiver, EVENT_READ, (self._wake_receiver.recv, 4096))
 
     def __enter__(self) -> EchoServer:
         return self
@@ -158,14 +156,16 @@ class EchoServer:
         self._watch_listeners()
         ready = self._selector.select(timeout)
         self._now = time.monotonic()
-        for key, _ in ready:  # the mask tells nothing new: a client waits for one event only
-            if not isinstance(key.data, Client):
-                key.data(key.fileobj)  # a listener or the wake-up: registered with what to call
-                continue
+        self._deadline = self._now + self._idle_timeout  # of who moves a byte in this turn
+        self._verbose = log.isEnabledFor(logging.DEBUG)  # once a turn, for speed: 2 % a short line
+        for key, _ in ready:  # the mask tells nothing new: each waits for one event only
+            handle, client = key.data  # or, in place of a client, a listener or the wake-up
             try:
-                self._serve(key.data, key.events)
+                handle(client)
+            except BlockingIOError:
+                pass  # nothing to read, or no room, after all: readiness is only a hint
             except (OSError, EOFError, MemoryError) as reason:
-                self._close(key.data, str(reason) or "out of memory")
+                self._close(client, str(reason) or "out of memory")
         if self._now >= self._next_check:
             self._next_check = self._now + TICK
             for client in [client for client in self._clients if client.deadline <= self._now]:
@@ -179,7 +179,7 @@ class EchoServer:
             self._watching = accepting
             for listener in self._listeners:
                 if accepting:
-                    self._selector.register(listener, EVENT_READ, self._accept)
+                    self._selector.register(listener, EVENT_READ, (self._accept, listener))
                 else:
                     self._selector.unregister(listener)
         return accepting
@@ -195,57 +195,55 @@ class EchoServer:
             self._rest_until = time.monotonic() + REST
             log.warning("cannot accept: %s; next try in %g s", error, REST)
             return
-        client = Client(sock, endpoint(address), self._now + self._idle_timeout)
+        client = Client(sock, endpoint(address), self._deadline)
         self._clients.add(client)
         log.info("%s connected", client.name)
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # do not delay short lines
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # find who has vanished
-            self._selector.register(sock, EVENT_READ, client)
+            self._selector.register(sock, EVENT_READ, (self._receive, client))
         except OSError as error:
             self._close(client, str(error))
-
-    def _serve(self, client: Client, watched: int) -> None:
-        """Send if bytes are owed, else read; then watch for what the client needs next."""
-        if client.outbox or not client.ending:  # one that only lingers gets no more time
-            client.deadline = self._now + self._idle_timeout
-        try:
-            if client.outbox:
-                sent = client.sock.send(client.outbox)
-                client.sent += sent  # maybe a part: what the kernel's buffer has room for
-                del client.outbox[:sent]
-            else:
-                self._receive(client)
-        except BlockingIOError:
-            pass  # nothing to read, or no room, after all: readiness is only a hint
-        if client.ending and not client.outbox:
-            self._linger(client)
-        # Never both: nearly every socket has room, so watched for writing it would always be ready.
-        events = EVENT_WRITE if client.outbox else EVENT_READ
-        if events != watched:
-            self._selector.modify(client.sock, events, client)
 
     def _receive(self, client: Client) -> None:
         """Read once, and try at once to send the lines that are complete: mostly it all goes."""
         count = client.sock.recv_into(self._buffer)
         if not count:
             raise EOFError("closed by client")
-        client.received += count
-        lines = self._buffer[:count]
-        whole = lines[-len(self._terminator) :] == self._terminator and count <= self._max_line
-        if not whole or client.inbox or client.ending:  # for speed alone: whole lines need no copy
+        if client.ending:
+            client.dropped += count
+            self._linger(client)
+            return
+        client.deadline = self._deadline
+        lines = self._view[:count]
+        whole = count <= self._max_line and self._buffer.endswith(self._terminator, 0, count)
+        if not whole or client.inbox:  # for speed alone, up to 13 %: whole lines need no copy
             lines = client.feed(lines, self._terminator, self._max_line)
-        if lines:
-            if log.isEnabledFor(logging.DEBUG):
-                self._show(client, lines)
+            count = len(lines)
+        if self._verbose:
+            self._show(client, lines)
+        try:
+            sent = client.sock.send(lines) if count else 0
+        except BlockingIOError:
             sent = 0
-            try:
-                sent = client.sock.send(lines)
-            finally:  # the rest is owed; all is, if there is no room (BlockingIOError)
-                client.sent += sent
-                if sent < len(lines):
-                    client.outbox += lines[sent:]
+        client.sent += sent
+        if sent < count:  # the rest is owed: read nothing more until it has gone
+            client.outbox += lines[sent:]
+            self._selector.modify(client.sock, EVENT_WRITE, (self._flush, client))
+        elif client.ending:
+            self._linger(client)
+
+    def _flush(self, client: Client) -> None:
+        """Send once of what is owed; when all of it has gone, wait for input again."""
+        sent = client.sock.send(client.outbox)  # maybe a part: as much as the kernel has room for
+        client.sent += sent
+        client.deadline = self._deadline
+        del client.outbox[:sent]
+        if not client.outbox:  # alone: nearly every socket has room, so it would always be ready
+            self._selector.modify(client.sock, EVENT_READ, (self._receive, client))
+            if client.ending:
+                self._linger(client)
 
     def _show(self, client: Client, lines: memoryview) -> None:
         *shown, more = bytes(lines).split(self._terminator, SHOWN)
@@ -267,8 +265,9 @@ class EchoServer:
             self._selector.unregister(client.sock)  # first: close() frees its number for another
         client.sock.close()
         self._clients.discard(client)
+        dropped = client.dropped + len(client.inbox) + len(client.outbox)
         log.info("%s disconnected: %s, %d bytes echoed, %d dropped", client.name,
-                 client.ending or reason, client.sent, client.received - client.sent)  # fmt: skip
+                 client.ending or reason, client.sent, dropped)  # fmt: skip
 
 
 def listen(port: int, hosts: Sequence[str], tries: int = 10) -> list[socket.socket]:
