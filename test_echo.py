@@ -374,7 +374,7 @@ def test_after_a_stall_a_client_is_served_as_before(start):
 
 
 def test_a_client_whose_bytes_go_out_in_small_parts_gets_every_byte(server):
-    line = bytes(range(128, 256)) * 8000 + b"\r\n"
+    line = bytes(range(128, 256)) * 2000 + b"\r\n"
     with connect(server) as client:
         settle(server)
         (inside,) = server._clients
@@ -474,6 +474,16 @@ def test_being_ended_counts_as_activity(server, monkeypatch, ending):
         assert inside.deadline > server._now + 1
 
 
+def test_taking_what_is_owed_counts_as_activity(server):
+    stalled, _ = stall(server)
+    with stalled:
+        (inside,) = server._clients
+        inside.deadline = 0
+        read(stalled, FLOOD >> 4)
+        server._run_once(1)
+        assert inside.deadline > server._now
+
+
 def test_clients_that_come_and_go_leave_nothing_behind(server):
     settle(server)
     before = len(server._selector.get_map())
@@ -564,6 +574,15 @@ def test_what_follows_a_line_over_the_limit_is_thrown_away(server, monkeypatch):
         assert len(inside.inbox) <= 100000
         assert inside.dropped + len(inside.inbox) == 2000000
         assert not inside.outbox
+
+
+def test_a_client_over_the_limit_gets_what_is_owed_before_eof(server, monkeypatch):
+    monkeypatch.setattr(server, "_max_line", LIMIT)
+    fail(monkeypatch, "send", errno.EAGAIN)
+    with connect(server) as client:
+        client.sendall(b"hello\r\n" + b"x" * 12)
+        settle(server)
+        assert read_all(client) == b"hello\r\n"
 
 
 def test_client_n_plus_one_waits_at_no_cost_and_is_served_when_one_leaves():
@@ -799,6 +818,17 @@ def test_each_connection_is_logged_when_it_comes_and_when_it_leaves(run):
         assert script.line() == f"{me} disconnected: closed by client, 7 bytes echoed, 3 dropped"
 
 
+def test_what_is_still_owed_counts_as_dropped(server, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "echo")
+    fail(monkeypatch, "send", errno.EAGAIN)
+    with connect(server) as client:
+        server._run_once(1)
+        client.sendall(b"hello\r\nhel")
+        server._run_once(1)
+        server.close()
+    assert caplog.messages[-1].endswith(" 0 bytes echoed, 10 dropped")
+
+
 def test_quiet_prints_the_ready_lines_only(run):
     script = run("-q", "0")
     with connect(script.addresses[0]) as client:
@@ -933,6 +963,17 @@ def test_stopping_does_not_reset_a_client_whose_input_is_unread(server):
     thread.join(PATIENCE)
 
 
+def test_when_it_stops_a_client_that_still_sends_is_given_time_to_see_eof(server):
+    with connect(server) as client:
+        settle(server)
+        (inside,) = server._clients
+        server.stopping, inside.ending = True, "server stopping"
+        inside.deadline = server._now + echo.TICK
+        client.sendall(b"late")
+        settle(server)
+        assert inside.deadline > server._now + 1
+
+
 def test_a_line_that_came_before_the_stop_is_echoed(server):
     with connect(server) as client:
         settle(server)
@@ -1042,20 +1083,22 @@ def test_it_can_be_started_again_at_once_on_the_same_port(run):
 # As a module
 
 
-def test_the_command_line_in_this_process(monkeypatch):
+@pytest.mark.parametrize("signals", [1, 2])
+def test_the_command_line_in_this_process(monkeypatch, signals):
     """The same as tests above see from outside, where coverage can see it."""
     receiver, sender = os.pipe()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def play():
-        """Have a line echoed, stall, and send two signals."""
+        """Have a line echoed, stall, and send one signal or two."""
         ready = out.readline().decode()
         with connect(("127.0.0.1", int(ready.rpartition(":")[2]))) as client:
             assert ask(client)
             flood(client, b"x" * 998 + b"\r\n")
             os.kill(os.getpid(), signal.SIGTERM)
             wait_until_refused(client.getpeername())
-            os.kill(os.getpid(), signal.SIGTERM)
+            if signals == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     with open(receiver, "rb") as out, open(sender, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
@@ -1064,7 +1107,7 @@ def test_the_command_line_in_this_process(monkeypatch):
         player = threading.Thread(target=play)
         player.start()
         try:
-            with pytest.raises(SystemExit) as exit:
+            with pytest.raises(SystemExit) if signals == 2 else contextlib.nullcontext() as exit:
                 echo.main()
         finally:
             player.join(PATIENCE)
@@ -1072,7 +1115,7 @@ def test_the_command_line_in_this_process(monkeypatch):
                 signal.signal(number, handler)
             echo.log.handlers.clear()
             echo.log.setLevel(logging.NOTSET)
-        assert not exit.value.code
+        assert signals == 1 or not exit.value.code
         assert b"are you there" in out.read1(4096)
 
 
