@@ -414,6 +414,14 @@ def test_a_reset_ends_that_client_alone(server, state, caplog):
         assert other.recv(100) == b"hello\r\n"
 
 
+def test_no_socket_waits_when_nobody_has_come_after_all(server):
+    server._run_once(0)
+    for listener in server._listeners:
+        assert listener.gettimeout() == 0
+        server._accept(listener)
+    assert not server._clients
+
+
 @pytest.mark.parametrize("method", ["accept", "recv_into", "send"])
 def test_readiness_is_but_a_hint(server, method, monkeypatch):
     fail(monkeypatch, method, errno.EAGAIN, 3)
