@@ -945,6 +945,13 @@ def test_stopping_refuses_new_connections_while_it_waits_for_a_slow_reader(start
         read_all(slow)
 
 
+def test_who_comes_after_the_stop_is_not_accepted(server):
+    server.shutdown()
+    with connect(server):
+        server._run_once(0)
+        assert not server._clients
+
+
 def test_stopping_waits_for_a_client_that_never_reads_no_longer_than_promised(start, monkeypatch):
     monkeypatch.setattr(echo, "LINGER", 1.2)
     server = start()
@@ -1190,6 +1197,7 @@ def test_close_closes_everything_and_may_be_called_again(caplog):
     server.close()
     server.shutdown()
     assert "server closed" in caplog.messages[-1]
+    assert server._selector.get_map() is None
     with echo.EchoServer(0) as other:
         pass
     with pytest.raises(ConnectionRefusedError):
