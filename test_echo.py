@@ -508,7 +508,7 @@ def test_clients_that_come_and_go_leave_nothing_behind(server):
 
 
 def test_the_numbers_are_those_that_are_promised():
-    assert (echo.PORT, echo.MAX_LINE, echo.RECEIVE_SIZE) == (12321, 1048576, 262144)
+    assert (echo.PORT, echo.MAX_LINE, echo.RECEIVE_SIZE) == (12321, 1048576, 131072)
     assert (echo.MAX_CLIENTS, echo.MAX_CLIENTS_OF_SELECT) == (1000, 500)
     assert (echo.LINGER, echo.REST) == (5, 1)
 
