@@ -62,7 +62,7 @@ class Client:
         self.outbox = bytearray()  # what the kernel had no room for yet of complete lines
         self.ending = ""  # why the server ends it; from then on its input is thrown away
         self.bare_lf = False  # whether an LF has come without its CR
-        self.sent = self.dropped = 0  # bytes
+        self.received = self.sent = 0  # bytes
 
     def feed(self, chunk: memoryview, terminator: bytes, max_line: int) -> memoryview:
         """Take what has come, return the lines that are complete now, and keep the rest."""
@@ -211,8 +211,8 @@ class EchoServer:
         count = client.sock.recv_into(self._buffer)
         if not count:
             raise EOFError("closed by client")
+        client.received += count
         if client.ending:
-            client.dropped += count
             self._linger(client)
             return
         client.deadline = self._deadline
@@ -265,9 +265,8 @@ class EchoServer:
             self._selector.unregister(client.sock)  # first: close() frees its number for another
         client.sock.close()
         self._clients.discard(client)
-        dropped = client.dropped + len(client.inbox) + len(client.outbox)
         log.info("%s disconnected: %s, %d bytes echoed, %d dropped", client.name,
-                 client.ending or reason, client.sent, dropped)  # fmt: skip
+                 client.ending or reason, client.sent, client.received - client.sent)  # fmt: skip
 
 
 def listen(port: int, hosts: Sequence[str], tries: int = 10) -> list[socket.socket]:
