@@ -33,7 +33,8 @@ pytestmark = pytest.mark.timeout(60)
 SCRIPT = os.path.abspath(echo.__file__)
 PATIENCE = 10  # seconds that a socket, a process or a thread may take before a test fails
 LIMIT = 10  # bytes, where a test wants lines to be too long
-FLOOD = 64 << 20  # bytes: more than the kernel's buffers of a connection hold
+LINE = b"x" * 998 + b"\r\n"
+FLOOD = 64 << 20  # bytes of lines: more than the kernel's buffers of a connection hold
 
 
 # Helpers, one idea each
@@ -82,10 +83,10 @@ def wait_until_refused(address):
                 connect(address).close()
 
 
-def flood(sock, line, total=FLOOD):
-    """Send lines, read nothing, until nothing is taken for half a second. Return what was sent."""
-    data = memoryview(line * (total // len(line)))
-    sock.settimeout(0.5)
+def flood(sock):
+    """Send lines, read nothing, until nothing is taken for a while. Return what was sent."""
+    data = memoryview(LINE * (FLOOD // len(LINE)))
+    sock.settimeout(0.3)
     sent = 0
     with contextlib.suppress(socket.timeout):
         while sent < len(data):
@@ -110,11 +111,18 @@ def settle(server):
     pytest.fail("the server never came to rest")
 
 
-def stall(server, line=b"x" * 1022 + b"\r\n"):
+def is_served(client, server):
+    """Tell whether a server that is driven by hand echoes a line."""
+    client.sendall(b"hello\r\n")
+    settle(server)
+    return client.recv(100) == b"hello\r\n"
+
+
+def stall(server):
     """Connect and send more than the kernel holds; return the socket and what it sent."""
     client = connect(server)
     client.setblocking(False)
-    data = memoryview(line * (FLOOD // len(line)))
+    data = memoryview(LINE * (FLOOD // len(LINE)))
     sent, before = 0, -1
     while sent > before:
         before = sent
@@ -225,6 +233,18 @@ def fail(monkeypatch, method, number, times=1):
     monkeypatch.setattr(socket.socket, method, stand_in, raising=False)
 
 
+def create_server_that_fails(monkeypatch, number, family, times=1):
+    """Make socket.create_server fail for this family, so many times."""
+    real, failures = socket.create_server, [OSError(number, "no") for _ in range(times)]
+
+    def stand_in(address, **options):
+        if options["family"] == family and failures:
+            raise failures.pop()
+        return real(address, **options)
+
+    monkeypatch.setattr(socket, "create_server", stand_in)
+
+
 # Lines
 
 
@@ -321,30 +341,46 @@ def test_a_client_that_does_not_read_is_not_read_from_either_and_delays_nobody(s
         assert len(sent) < FLOOD  # it was made to wait
         (client,) = server._clients
         assert len(client.inbox) + len(client.outbox) <= echo.MAX_LINE + echo.RECEIVE_SIZE
-        other.sendall(b"hello\r\n")
-        settle(server)
-        assert other.recv(100) == b"hello\r\n"
+        assert is_served(other, server)
 
 
 def test_a_client_that_half_closes_and_reads_late_gets_every_byte(start):
     server = start()
     with connect(server) as late, connect(server) as other:
-        sent = flood(late, b"x" * 998 + b"\r\n")
+        sent = flood(late)
         assert ask(other)
         late.shutdown(socket.SHUT_WR)
         assert ask(other)
         assert read_all(late) == rule(sent)
 
 
-def test_waiting_costs_nothing_whatever_the_clients_wait_for(server):
-    stalled, _ = stall(server)
-    half_closed, _ = stall(server)
-    with stalled, half_closed, connect(server), connect(server) as mid_line:
-        half_closed.shutdown(socket.SHUT_WR)
-        mid_line.sendall(b"hel")
+def test_after_a_stall_a_client_is_served_as_before(start):
+    with connect(start()) as client:
+        sent = flood(client)
+        complete = rule(sent)
+        assert read(client, len(complete)) == complete
+        client.sendall(LINE[len(sent) - len(complete) :])  # the rest of the line that was cut
+        assert read(client, len(LINE)) == LINE
+        assert ask(client)
+
+
+def test_a_client_whose_bytes_go_out_in_small_parts_gets_every_byte(server):
+    line = bytes(range(128, 256)) * 1000 + b"\r\n"
+    with connect(server) as client:
         settle(server)
-        assert len(server._clients) == 4
-        assert server._selector.select(0.1) == []
+        (inside,) = server._clients
+        inside.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10000)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 10000)
+        client.setblocking(False)
+        sent, got, deadline = 0, b"", time.monotonic() + PATIENCE
+        while len(got) < len(line) and time.monotonic() < deadline:
+            with contextlib.suppress(BlockingIOError):
+                sent += client.send(line[sent:])
+            server._run_once(0)
+            with contextlib.suppress(BlockingIOError):
+                got += client.recv(10000)
+        assert got == line
+        assert inside.received == inside.sent == len(line)
 
 
 def test_a_ready_client_costs_one_read_a_turn(server, monkeypatch):
@@ -362,34 +398,15 @@ def test_a_ready_client_costs_one_read_a_turn(server, monkeypatch):
         assert other.recv(100) == b"hello\r\n"
 
 
-def test_after_a_stall_a_client_is_served_as_before(start):
-    line = b"x" * 998 + b"\r\n"
-    with connect(start()) as client:
-        sent = flood(client, line)
-        complete = rule(sent)
-        assert read(client, len(complete)) == complete
-        client.sendall(line[len(sent) - len(complete) :])  # the rest of the line that was cut
-        assert read(client, len(line)) == line
-        assert ask(client)
-
-
-def test_a_client_whose_bytes_go_out_in_small_parts_gets_every_byte(server):
-    line = bytes(range(128, 256)) * 2000 + b"\r\n"
-    with connect(server) as client:
+def test_waiting_costs_nothing_whatever_the_clients_wait_for(server):
+    stalled, _ = stall(server)
+    half_closed, _ = stall(server)
+    with stalled, half_closed, connect(server), connect(server) as mid_line:
+        half_closed.shutdown(socket.SHUT_WR)
+        mid_line.sendall(b"hel")
         settle(server)
-        (inside,) = server._clients
-        inside.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10000)
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 10000)
-        client.setblocking(False)
-        sent, got, deadline = 0, b"", time.monotonic() + PATIENCE
-        while len(got) < len(line) and time.monotonic() < deadline:
-            with contextlib.suppress(BlockingIOError):
-                sent += client.send(line[sent:])
-            server._run_once(0)
-            with contextlib.suppress(BlockingIOError):
-                got += client.recv(10000)
-        assert got == line
-        assert inside.received == inside.sent == len(line)
+        assert len(server._clients) == 4
+        assert server._selector.select(0.1) == []
 
 
 @pytest.mark.parametrize("state", ["before accept", "mid-line", "owed"])
@@ -408,9 +425,39 @@ def test_a_reset_ends_that_client_alone(server, state, caplog):
         settle(server)
         assert len(server._clients) == 1
         assert sum("disconnected: [Errno" in text for text in caplog.messages) == 1
-        other.sendall(b"hello\r\n")
+        assert is_served(other, server)
+
+
+@pytest.mark.parametrize("number", [errno.ECONNRESET, errno.ETIMEDOUT, errno.EPIPE, errno.ENOBUFS])
+@pytest.mark.parametrize("method", ["recv_into", "send", "setsockopt", "setblocking"])
+def test_an_error_ends_that_client_alone(server, method, number, monkeypatch):
+    with connect(server) as other:
         settle(server)
-        assert other.recv(100) == b"hello\r\n"
+        fail(monkeypatch, method, number)
+        with connect(server) as victim:
+            victim.sendall(b"hello\r\n")
+            settle(server)
+            assert len(server._clients) == 1
+            assert is_served(other, server)
+
+
+def test_running_out_of_memory_ends_that_client_alone(server, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "echo")
+    with connect(server) as other, connect(server) as greedy:
+        settle(server)
+        monkeypatch.setattr(echo.Client, "feed", lambda *_: bytearray(1 << 62))
+        greedy.sendall(b"hel")
+        settle(server)
+        assert greedy.recv(1) == b""
+        assert any("out of memory" in text for text in caplog.messages)
+        assert is_served(other, server)
+
+
+def test_a_connection_that_is_gone_before_it_is_accepted_stops_nothing(server, monkeypatch, caplog):
+    fail(monkeypatch, "accept", errno.ECONNABORTED)
+    with connect(server) as client:
+        assert is_served(client, server)
+    assert not caplog.messages
 
 
 def test_no_socket_waits_when_nobody_has_come_after_all(server):
@@ -425,22 +472,7 @@ def test_no_socket_waits_when_nobody_has_come_after_all(server):
 def test_readiness_is_but_a_hint(server, method, monkeypatch):
     fail(monkeypatch, method, errno.EAGAIN, 3)
     with connect(server) as client:
-        client.sendall(b"hello\r\n")
-        settle(server)
-        assert client.recv(100) == b"hello\r\n"
-
-
-@pytest.mark.parametrize("number", [errno.ECONNRESET, errno.ETIMEDOUT, errno.EPIPE, errno.ENOBUFS])
-@pytest.mark.parametrize("method", ["recv_into", "send", "setsockopt", "setblocking"])
-def test_an_error_ends_that_client_alone(server, method, number, monkeypatch):
-    with connect(server) as other, connect(server) as victim:
-        if method in ("recv_into", "send"):
-            settle(server)
-        fail(monkeypatch, method, number)
-        victim.sendall(b"hello\r\n")
-        settle(server)
-        assert len(server._clients) == 1
-        assert other
+        assert is_served(client, server)
 
 
 def test_connections_are_kept_alive_and_short_lines_are_not_held_back(server):
@@ -494,13 +526,35 @@ def test_taking_what_is_owed_counts_as_activity(server):
 def test_clients_that_come_and_go_leave_nothing_behind(server):
     settle(server)
     before = len(server._selector.get_map())
-    for _ in range(100):
+    for _ in range(20):
         with connect(server) as client:
             client.sendall(b"hello\r\nhel")
             settle(server)
         settle(server)
     assert not server._clients
     assert len(server._selector.get_map()) == before
+
+
+@pytest.mark.parametrize("selector", ["DefaultSelector", "PollSelector", "SelectSelector"])
+def test_selectors_behave_the_same(selector, monkeypatch):
+    if not hasattr(selectors, selector):
+        pytest.skip(f"this platform has no {selector}")
+    monkeypatch.setattr(selectors, "DefaultSelector", getattr(selectors, selector))
+    with echo.EchoServer(0, ["127.0.0.1"]) as server:
+        stalled, sent = stall(server)
+        with stalled, connect(server) as other:
+            other.sendall(b"hello\r\nhel")
+            settle(server)
+            assert other.recv(100) == b"hello\r\n"
+            stalled.shutdown(socket.SHUT_WR)
+            stalled.setblocking(False)
+            got = bytearray()
+            while len(got) < len(rule(sent)):
+                settle(server)
+                with contextlib.suppress(BlockingIOError):
+                    while chunk := stalled.recv(1 << 20):
+                        got += chunk
+            assert got == rule(sent)
 
 
 # Limits
@@ -558,6 +612,15 @@ def test_a_carriage_return_past_the_limit_may_still_be_of_the_terminator():
     assert not client.ending
 
 
+def test_a_client_over_the_limit_gets_what_is_owed_before_eof(server, monkeypatch):
+    monkeypatch.setattr(server, "_max_line", LIMIT)
+    fail(monkeypatch, "send", errno.EAGAIN)
+    with connect(server) as client:
+        client.sendall(b"hello\r\n" + b"x" * 12)
+        settle(server)
+        assert read_all(client) == b"hello\r\n"
+
+
 def test_a_client_that_goes_on_sending_reads_all_it_is_owed_and_is_gone_in_time(start, monkeypatch):
     monkeypatch.setattr(echo, "LINGER", 0.5)
     server = start(max_line=LIMIT)
@@ -583,15 +646,6 @@ def test_what_follows_a_line_over_the_limit_is_thrown_away(server, monkeypatch):
         assert not inside.outbox
 
 
-def test_a_client_over_the_limit_gets_what_is_owed_before_eof(server, monkeypatch):
-    monkeypatch.setattr(server, "_max_line", LIMIT)
-    fail(monkeypatch, "send", errno.EAGAIN)
-    with connect(server) as client:
-        client.sendall(b"hello\r\n" + b"x" * 12)
-        settle(server)
-        assert read_all(client) == b"hello\r\n"
-
-
 def test_client_n_plus_one_waits_at_no_cost_and_is_served_when_one_leaves():
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(echo.EchoServer(0, ["127.0.0.1"], max_clients=2))
@@ -613,64 +667,6 @@ def test_the_last_place_is_given_once_when_two_come_in_one_turn():
             assert len(server._clients) == 1
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
-def test_out_of_descriptors_accepting_rests_and_the_clients_that_are_in_are_served(
-    number, monkeypatch, caplog
-):
-    hosts = ["127.0.0.1", "127.0.0.2"]
-    with echo.EchoServer(0, hosts) as server, connect(server) as inside:
-        settle(server)
-        fail(monkeypatch, "accept", number)
-        with connect(server.addresses[0]) as waiting, connect(server.addresses[1]):
-            server._run_once(1)
-            started = time.monotonic()
-            assert len(server._clients) == 1
-            inside.sendall(b"hello\r\n")
-            settle(server)
-            assert inside.recv(100) == b"hello\r\n"
-            assert server._selector.select(0.1) == []
-            waiting.sendall(b"hello\r\n")
-            while len(server._clients) < 3:
-                server._run_once(echo.TICK)
-            assert 0.9 < time.monotonic() - started < 1.9
-            settle(server)
-            assert waiting.recv(100) == b"hello\r\n"
-    warned = [text for text in caplog.messages if "cannot accept" in text]
-    assert len(warned) == 1
-    assert os.strerror(number) in warned[0]
-
-
-def test_a_connection_that_is_gone_before_it_is_accepted_stops_nothing(server, monkeypatch, caplog):
-    fail(monkeypatch, "accept", errno.ECONNABORTED)
-    with connect(server) as client:
-        client.sendall(b"hello\r\n")
-        settle(server)
-        assert client.recv(100) == b"hello\r\n"
-    assert not caplog.messages
-
-
-@pytest.mark.parametrize("selector", ["DefaultSelector", "PollSelector", "SelectSelector"])
-def test_selectors_behave_the_same(selector, monkeypatch):
-    if not hasattr(selectors, selector):
-        pytest.skip(f"this platform has no {selector}")
-    monkeypatch.setattr(selectors, "DefaultSelector", getattr(selectors, selector))
-    with echo.EchoServer(0, ["127.0.0.1"]) as server:
-        stalled, sent = stall(server)
-        with stalled, connect(server) as other:
-            other.sendall(b"hello\r\nhel")
-            settle(server)
-            assert other.recv(100) == b"hello\r\n"
-            stalled.shutdown(socket.SHUT_WR)
-            stalled.setblocking(False)
-            got = bytearray()
-            while len(got) < len(rule(sent)):
-                settle(server)
-                with contextlib.suppress(BlockingIOError):
-                    while chunk := stalled.recv(1 << 20):
-                        got += chunk
-            assert got == rule(sent)
-
-
 def test_select_is_not_given_more_descriptors_than_it_can_watch(monkeypatch):
     monkeypatch.setattr(selectors, "DefaultSelector", selectors.SelectSelector)
     with echo.EchoServer(0, ["127.0.0.1"]) as server:
@@ -679,140 +675,190 @@ def test_select_is_not_given_more_descriptors_than_it_can_watch(monkeypatch):
         assert server._max_clients == 7
 
 
-# Command line
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+def test_out_of_descriptors_accepting_rests_and_the_clients_that_are_in_are_served(
+    number, monkeypatch, caplog
+):
+    monkeypatch.setattr(echo, "REST", 0.5)
+    hosts = ["127.0.0.1", "127.0.0.2"]
+    with echo.EchoServer(0, hosts) as server, connect(server) as inside:
+        settle(server)
+        fail(monkeypatch, "accept", number)
+        with connect(server.addresses[0]) as waiting, connect(server.addresses[1]):
+            server._run_once(1)
+            started = time.monotonic()
+            assert len(server._clients) == 1
+            assert is_served(inside, server)
+            assert server._selector.select(0.1) == []
+            waiting.sendall(b"hello\r\n")
+            while len(server._clients) < 3:
+                server._run_once(echo.TICK)
+            assert 0.4 < time.monotonic() - started < 1.4
+            settle(server)
+            assert waiting.recv(100) == b"hello\r\n"
+    warned = [text for text in caplog.messages if "cannot accept" in text]
+    assert len(warned) == 1
+    assert os.strerror(number) in warned[0]
 
 
-def test_by_default_it_listens_on_both_loopbacks_on_port_12321(run):
-    for host in echo.LOOPBACKS:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            socket.create_server((host, 12321), family=family).close()
-        except OSError as error:
-            pytest.skip(f"{host} port 12321: {error}")
-    script = run()
-    assert script.ready == ["listening on 127.0.0.1:12321", "listening on [::1]:12321"]
-    for address in script.addresses:
-        with connect(address) as client:
-            assert ask(client)
+# Stopping
 
 
-def test_port_0_is_the_same_free_port_on_both_loopbacks(run):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_status_0_though_clients_sit_idle(run, number):
     script = run("0")
-    (_, port), (_, other) = script.addresses
-    assert port == other != 0
-    for address in script.addresses:
-        with connect(address) as client:
-            assert ask(client)
+    with connect(script.addresses[0]) as client, connect(script.addresses[1]) as half_line:
+        assert ask(client)
+        half_line.sendall(b"hel")
+        assert ask(client)
+        started = time.monotonic()
+        status, lines, err = script.stop(number)
+        assert time.monotonic() - started < 1
+        assert (status, err) == (0, b"")
+        assert read_all(client) == read_all(half_line) == b""
+    assert sum("server stopping" in line for line in lines) == 2
 
 
-def test_bind_may_be_repeated_and_takes_names(run):
-    script = run("-b", "127.0.0.2", "--bind", "localhost", "0")
-    assert [host for host, _ in script.addresses] == ["127.0.0.2", "127.0.0.1"]
+def test_a_line_that_came_before_the_stop_is_echoed(server):
+    with connect(server) as client:
+        settle(server)
+        client.sendall(b"hello\r\n")
+        server.shutdown()
+        server.serve_forever()
+        assert client.recv(100) == b"hello\r\n"
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["x"], ["-1"], ["65536"], ["--max-line", "0"], ["--max-clients", "0"], ["--max-clients", "x"],
-     ["--idle-timeout", "0"], ["--idle-timeout", "nan"], ["-q", "-v"], ["--nonsense"],
-     ["-b", "\udcff"]],
-)  # fmt: skip
-def test_a_bad_argument_is_explained_with_status_2(arguments):
-    status, out, err = fails(*arguments)
-    assert (status, out) == (2, b"")
-    assert re.fullmatch(r"usage: (.*\n)+echo.py: error: .*\n", err)
+def test_stopping_sends_a_slow_reader_all_that_is_owed_and_then_eof(start):
+    server = start()
+    with connect(server) as slow:
+        sent = flood(slow)
+        (client,) = server._clients
+        owed = client.sent + len(client.outbox)
+        server.shutdown()
+        got = read_all(slow)
+    assert len(got) >= owed
+    assert got == rule(sent[: len(got)])
 
 
-def test_a_port_in_use_is_named_with_status_1():
-    with socket.create_server(("127.0.0.2", 0)) as taken:
-        port = taken.getsockname()[1]
-        status, out, err = fails("-b", "127.0.0.2", str(port))
-    assert (status, out) == (1, b"")
-    assert err == f"echo.py: cannot listen on 127.0.0.2:{port}: {os.strerror(errno.EADDRINUSE)}\n"
+def test_stopping_refuses_new_connections_while_it_waits_for_a_slow_reader(start):
+    server = start()
+    with connect(server) as slow:
+        flood(slow)
+        server.shutdown()
+        wait_until_refused(server)
+        assert server.thread.is_alive()
+        read_all(slow)
 
 
-def test_a_name_that_stands_for_nothing_is_named_with_status_1():
-    status, out, err = fails("-b", "nothing.invalid", "0")
-    assert (status, out) == (1, b"")
-    assert re.fullmatch(r"echo.py: cannot listen on nothing.invalid:0: [^\n]+\n", err)
+def test_who_comes_after_the_stop_is_not_accepted(server):
+    server.shutdown()
+    with connect(server):
+        server._run_once(0)
+        assert not server._clients
 
 
-def test_version_and_help():
-    assert fails("--version") == (0, f"echo.py {echo.__version__}\n".encode(), "")
-    status, out, err = fails("-h")
-    assert (status, err) == (0, "")
-    assert all(word in out for word in (b"--bind", b"--lf", b"--max-line", b"-q", b"-v", b"12321"))
+def test_stopping_waits_for_a_client_that_never_reads_no_longer_than_promised(start, monkeypatch):
+    monkeypatch.setattr(echo, "LINGER", 1.2)
+    server = start()
+    with connect(server) as client:
+        flood(client)
+        started = time.monotonic()
+        server.shutdown()
+        server.thread.join(PATIENCE)
+        assert 1.2 <= time.monotonic() - started < 2
+        assert not server._clients
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sent", "expected"),
-    [(["--lf"], b"a\nb", b"a\n"), (["--max-line", "3"], b"abc\r\nabcd\r\n", b"abc\r\n"),
-     (["--idle-timeout", "0.1"], b"a\r\nb", b"a\r\n")],
-)  # fmt: skip
-def test_options_reach_the_server(run, arguments, sent, expected):
-    with connect(run(*arguments, "0").addresses[0]) as client:
-        client.sendall(sent)
-        if "--lf" in arguments:
-            client.shutdown(socket.SHUT_WR)
-        assert read_all(client) == expected
+def test_stopping_does_not_reset_a_client_whose_input_is_unread(server):
+    with connect(server) as client:
+        client.sendall(b"hello\r\n" * 1000)
+        settle(server)
+        client.sendall(b"more")
+        server.shutdown()
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        assert read_all(client) == b"hello\r\n" * 1000
+        client.sendall(b"x" * 100000)
+        assert thread.is_alive()
+    thread.join(PATIENCE)
 
 
-def test_max_clients_reaches_the_server(run):
-    script = run("--max-clients", "1", "0")
-    with connect(script.addresses[1]) as waiting:
-        with connect(script.addresses[0]):
-            pass
-        assert ask(waiting)
+def test_when_it_stops_a_client_that_still_sends_is_given_time_to_see_eof(server):
+    with connect(server) as client:
+        settle(server)
+        (inside,) = server._clients
+        server.stopping, inside.ending = True, "server stopping"
+        inside.deadline = server._now + echo.TICK
+        client.sendall(b"late")
+        settle(server)
+        assert inside.deadline > server._now + 1
 
 
-def create_server_that_fails(monkeypatch, number, family, times=1):
-    """Make socket.create_server fail for this family, so many times."""
-    real, failures = socket.create_server, [OSError(number, "no") for _ in range(times)]
-
-    def stand_in(address, **options):
-        if options["family"] == family and failures:
-            raise failures.pop()
-        return real(address, **options)
-
-    monkeypatch.setattr(socket, "create_server", stand_in)
-
-
-@pytest.mark.parametrize("number", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
-def test_without_ipv6_it_serves_127_0_0_1_unless_ipv6_was_asked_for(number, monkeypatch):
-    create_server_that_fails(monkeypatch, number, socket.AF_INET6, 2)
-    with echo.EchoServer(0) as server:
-        assert [host for host, _ in server.addresses] == ["127.0.0.1"]
-    with pytest.raises(OSError, match=r"cannot listen on \[::1\]:\d+: no"):
-        echo.EchoServer(0, ["127.0.0.1", "::1"])
+def test_a_line_on_its_way_when_it_stops_does_not_cost_what_was_sent(server, monkeypatch):
+    monkeypatch.setattr(echo, "TICK", 2)
+    with connect(server) as client:
+        client.sendall(b"hello\r\n" * 1000)
+        settle(server)
+        server.shutdown()
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        started = time.monotonic()
+        assert read_all(client) == b"hello\r\n" * 1000
+        assert time.monotonic() - started < 1  # EOF comes at once, though the socket stays
+        for _ in range(2):
+            client.sendall(b"one more\r\n")  # after a reset, the second one would fail
+    thread.join(PATIENCE)
 
 
-def test_without_any_loopback_it_does_not_start(monkeypatch):
-    create_server_that_fails(monkeypatch, errno.EADDRNOTAVAIL, socket.AF_INET)
-    with pytest.raises(OSError, match=r"cannot listen on 127\.0\.0\.1:0: no"):
-        echo.EchoServer(0)
+def test_a_second_signal_ends_it_at_once(run):
+    script = run("0")
+    with connect(script.addresses[0]) as client:
+        flood(client)
+        script.process.send_signal(signal.SIGTERM)
+        wait_until_refused(script.addresses[0])
+        started = time.monotonic()
+        status, _, err = script.stop()
+        assert time.monotonic() - started < 1
+        assert (status, err) == (0, b"")
 
 
-def test_port_0_tries_again_if_the_port_is_taken_on_the_other_loopback(monkeypatch):
-    create_server_that_fails(monkeypatch, errno.EADDRINUSE, socket.AF_INET6)
-    with echo.EchoServer(0) as server:
-        assert len({port for _, port in server.addresses}) == 1
-        assert len(server.addresses) == 2
+def test_signals_may_come_at_any_time(run):
+    script = run("-q", "0")
+    while script.process.poll() is None:
+        script.process.send_signal(signal.SIGTERM)
+    assert script.process.returncode == 0
+    assert script.process.stderr.read() == b""
 
 
-def test_port_0_does_not_try_for_ever(monkeypatch):
-    create_server_that_fails(monkeypatch, errno.EADDRINUSE, socket.AF_INET6, 1000)
-    with pytest.raises(OSError, match="cannot listen on"):
-        echo.EchoServer(0)
+@pytest.mark.skipif(os.name != "posix", reason="background jobs are a POSIX shell's")
+def test_a_background_job_where_sigint_comes_ignored_can_be_interrupted(run):
+    script = run("0", command=["sh", "-c", 'trap "" INT; exec "$0" "$@"', sys.executable, SCRIPT])
+    assert script.stop(signal.SIGINT)[::2] == (0, b"")
 
 
-def test_a_start_that_fails_leaves_nothing_open():
-    with socket.create_server(("127.0.0.2", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(OSError, match=r"127\.0\.0\.2"):
-            echo.EchoServer(port, ["127.0.0.1", "127.0.0.2"])
-        socket.create_server(("127.0.0.1", port)).close()
+@pytest.mark.skipif(
+    not shutil.which("unshare") or getattr(os, "geteuid", lambda: 1)() != 0,
+    reason="needs root and unshare",
+)
+def test_as_pid_1_it_can_be_terminated(run):
+    unshare = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, SCRIPT]
+    script = run("0", command=unshare)
+    with open(f"/proc/{script.process.pid}/task/{script.process.pid}/children") as children:
+        os.kill(int(children.read()), signal.SIGTERM)
+    assert script.process.wait(PATIENCE) == 0
 
 
-# What it prints
+def test_it_can_be_started_again_at_once_on_the_same_port(run):
+    script = run("0")
+    with connect(script.addresses[0]) as client:
+        assert ask(client)
+        assert script.stop()[0] == 0
+        again = run(str(script.addresses[0][1]))
+        with connect(again.addresses[0]) as other:
+            assert ask(other)
+
+
+# The log
 
 
 def test_each_connection_is_logged_when_it_comes_and_when_it_leaves(run):
@@ -890,144 +936,6 @@ def test_the_log_leaves_the_pipe_blocking_as_it_was():
         os.close(sender)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full and a POSIX shell")
-@pytest.mark.parametrize("redirection", [">/dev/full", ">&-", "2>&-", ">&- 2>&- <&-"])
-def test_without_a_usable_stdout_it_serves_on_and_the_log_goes_nowhere(run, redirection):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = f'exec "$0" "$1" -v -b 127.0.0.1 {port} {redirection}'
-    script = run(ready=0, command=["sh", "-c", command, sys.executable, SCRIPT])
-    with connect_when_ready(("127.0.0.1", port)) as client:
-        assert ask(client)
-        assert ask(client)
-        assert script.stop()[::2] == (0, b"")
-        assert read_all(client) == b""
-
-
-# Stopping
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_with_status_0_though_clients_sit_idle(run, number):
-    script = run("0")
-    with connect(script.addresses[0]) as client, connect(script.addresses[1]) as half_line:
-        assert ask(client)
-        half_line.sendall(b"hel")
-        assert ask(client)
-        started = time.monotonic()
-        status, lines, err = script.stop(number)
-        assert time.monotonic() - started < 1
-        assert (status, err) == (0, b"")
-        assert read_all(client) == read_all(half_line) == b""
-    assert sum("server stopping" in line for line in lines) == 2
-
-
-def test_stopping_sends_a_slow_reader_all_that_is_owed_and_then_eof(start):
-    line = b"x" * 998 + b"\r\n"
-    server = start()
-    with connect(server) as slow:
-        sent = flood(slow, line)
-        (client,) = server._clients
-        owed = client.sent + len(client.outbox)
-        server.shutdown()
-        got = read_all(slow)
-    assert len(got) >= owed
-    assert got == rule(sent[: len(got)])
-
-
-def test_stopping_refuses_new_connections_while_it_waits_for_a_slow_reader(start):
-    server = start()
-    with connect(server) as slow:
-        flood(slow, b"x" * 998 + b"\r\n")
-        server.shutdown()
-        wait_until_refused(server)
-        assert server.thread.is_alive()
-        read_all(slow)
-
-
-def test_who_comes_after_the_stop_is_not_accepted(server):
-    server.shutdown()
-    with connect(server):
-        server._run_once(0)
-        assert not server._clients
-
-
-def test_stopping_waits_for_a_client_that_never_reads_no_longer_than_promised(start, monkeypatch):
-    monkeypatch.setattr(echo, "LINGER", 1.2)
-    server = start()
-    with connect(server) as client:
-        flood(client, b"x" * 998 + b"\r\n")
-        started = time.monotonic()
-        server.shutdown()
-        server.thread.join(PATIENCE)
-        assert 1.2 <= time.monotonic() - started < 2
-        assert not server._clients
-
-
-def test_stopping_does_not_reset_a_client_whose_input_is_unread(server):
-    with connect(server) as client:
-        client.sendall(b"hello\r\n" * 1000)
-        settle(server)
-        client.sendall(b"more")
-        server.shutdown()
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        assert read_all(client) == b"hello\r\n" * 1000
-        client.sendall(b"x" * 100000)
-        assert thread.is_alive()
-    thread.join(PATIENCE)
-
-
-def test_when_it_stops_a_client_that_still_sends_is_given_time_to_see_eof(server):
-    with connect(server) as client:
-        settle(server)
-        (inside,) = server._clients
-        server.stopping, inside.ending = True, "server stopping"
-        inside.deadline = server._now + echo.TICK
-        client.sendall(b"late")
-        settle(server)
-        assert inside.deadline > server._now + 1
-
-
-def test_a_line_that_came_before_the_stop_is_echoed(server):
-    with connect(server) as client:
-        settle(server)
-        client.sendall(b"hello\r\n")
-        server.shutdown()
-        server.serve_forever()
-        assert client.recv(100) == b"hello\r\n"
-
-
-def test_a_line_on_its_way_when_it_stops_does_not_cost_what_was_sent(server, monkeypatch):
-    monkeypatch.setattr(echo, "TICK", 2)
-    with connect(server) as client:
-        client.sendall(b"hello\r\n" * 1000)
-        settle(server)
-        server.shutdown()
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        started = time.monotonic()
-        assert read_all(client) == b"hello\r\n" * 1000
-        assert time.monotonic() - started < 1  # EOF comes at once, though the socket stays
-        for _ in range(2):
-            client.sendall(b"one more\r\n")  # after a reset, the second one would fail
-    thread.join(PATIENCE)
-
-
-def test_running_out_of_memory_ends_that_client_alone(server, monkeypatch, caplog):
-    caplog.set_level(logging.INFO, "echo")
-    with connect(server) as other, connect(server) as greedy:
-        settle(server)
-        monkeypatch.setattr(echo.Client, "feed", lambda *_: bytearray(1 << 62))
-        greedy.sendall(b"hel")
-        settle(server)
-        assert greedy.recv(1) == b""
-        assert any("out of memory" in text for text in caplog.messages)
-        other.sendall(b"hello\r\n")
-        settle(server)
-        assert other.recv(100) == b"hello\r\n"
-
-
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
 def test_a_terminal_that_nobody_reads_stops_nobody(run):
     terminal, stdout = os.openpty()
@@ -1047,55 +955,139 @@ def test_a_terminal_that_nobody_reads_stops_nobody(run):
         os.close(stdout)
 
 
-def test_a_second_signal_ends_it_at_once(run):
-    script = run("0")
-    with connect(script.addresses[0]) as client:
-        flood(client, b"x" * 998 + b"\r\n")
-        script.process.send_signal(signal.SIGTERM)
-        wait_until_refused(script.addresses[0])
-        started = time.monotonic()
-        status, _, err = script.stop()
-        assert time.monotonic() - started < 1
-        assert (status, err) == (0, b"")
-
-
-def test_signals_may_come_at_any_time(run):
-    script = run("-q", "0")
-    while script.process.poll() is None:
-        script.process.send_signal(signal.SIGTERM)
-    assert script.process.returncode == 0
-    assert script.process.stderr.read() == b""
-
-
-@pytest.mark.skipif(os.name != "posix", reason="background jobs are a POSIX shell's")
-def test_a_background_job_where_sigint_comes_ignored_can_be_interrupted(run):
-    script = run("0", command=["sh", "-c", 'trap "" INT; exec "$0" "$@"', sys.executable, SCRIPT])
-    assert script.stop(signal.SIGINT)[::2] == (0, b"")
-
-
-@pytest.mark.skipif(
-    not shutil.which("unshare") or getattr(os, "geteuid", lambda: 1)() != 0,
-    reason="needs root and unshare",
-)
-def test_as_pid_1_it_can_be_terminated(run):
-    unshare = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, SCRIPT]
-    script = run("0", command=unshare)
-    with open(f"/proc/{script.process.pid}/task/{script.process.pid}/children") as children:
-        os.kill(int(children.read()), signal.SIGTERM)
-    assert script.process.wait(PATIENCE) == 0
-
-
-def test_it_can_be_started_again_at_once_on_the_same_port(run):
-    script = run("0")
-    with connect(script.addresses[0]) as client:
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full and a POSIX shell")
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-", "2>&-", ">&- 2>&- <&-"])
+def test_without_a_usable_stdout_it_serves_on_and_the_log_goes_nowhere(run, redirection):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = f'exec "$0" "$1" -v -b 127.0.0.1 {port} {redirection}'
+    script = run(ready=0, command=["sh", "-c", command, sys.executable, SCRIPT])
+    with connect_when_ready(("127.0.0.1", port)) as client:
         assert ask(client)
-        assert script.stop()[0] == 0
-        again = run(str(script.addresses[0][1]))
-        with connect(again.addresses[0]) as other:
-            assert ask(other)
+        assert ask(client)
+        assert script.stop()[::2] == (0, b"")
+        assert read_all(client) == b""
 
 
-# As a module
+# The command line
+
+
+def test_by_default_it_listens_on_both_loopbacks_on_port_12321(run):
+    for host in echo.LOOPBACKS:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            socket.create_server((host, 12321), family=family).close()
+        except OSError as error:
+            pytest.skip(f"{host} port 12321: {error}")
+    script = run()
+    assert script.ready == ["listening on 127.0.0.1:12321", "listening on [::1]:12321"]
+    for address in script.addresses:
+        with connect(address) as client:
+            assert ask(client)
+
+
+def test_port_0_is_the_same_free_port_on_both_loopbacks(run):
+    script = run("0")
+    (_, port), (_, other) = script.addresses
+    assert port == other != 0
+    for address in script.addresses:
+        with connect(address) as client:
+            assert ask(client)
+
+
+def test_port_0_tries_again_if_the_port_is_taken_on_the_other_loopback(monkeypatch):
+    create_server_that_fails(monkeypatch, errno.EADDRINUSE, socket.AF_INET6)
+    with echo.EchoServer(0) as server:
+        assert len({port for _, port in server.addresses}) == 1
+        assert len(server.addresses) == 2
+
+
+def test_port_0_does_not_try_for_ever(monkeypatch):
+    create_server_that_fails(monkeypatch, errno.EADDRINUSE, socket.AF_INET6, 1000)
+    with pytest.raises(OSError, match="cannot listen on"):
+        echo.EchoServer(0)
+
+
+def test_bind_may_be_repeated_and_takes_names(run):
+    script = run("-b", "127.0.0.2", "--bind", "localhost", "0")
+    assert [host for host, _ in script.addresses] == ["127.0.0.2", "127.0.0.1"]
+
+
+@pytest.mark.parametrize("number", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
+def test_without_ipv6_it_serves_127_0_0_1_unless_ipv6_was_asked_for(number, monkeypatch):
+    create_server_that_fails(monkeypatch, number, socket.AF_INET6, 2)
+    with echo.EchoServer(0) as server:
+        assert [host for host, _ in server.addresses] == ["127.0.0.1"]
+    with pytest.raises(OSError, match=r"cannot listen on \[::1\]:\d+: no"):
+        echo.EchoServer(0, ["127.0.0.1", "::1"])
+
+
+def test_without_any_loopback_it_does_not_start(monkeypatch):
+    create_server_that_fails(monkeypatch, errno.EADDRNOTAVAIL, socket.AF_INET)
+    with pytest.raises(OSError, match=r"cannot listen on 127\.0\.0\.1:0: no"):
+        echo.EchoServer(0)
+
+
+def test_a_start_that_fails_leaves_nothing_open():
+    with socket.create_server(("127.0.0.2", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=r"127\.0\.0\.2"):
+            echo.EchoServer(port, ["127.0.0.1", "127.0.0.2"])
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_a_port_in_use_is_named_with_status_1():
+    with socket.create_server(("127.0.0.2", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, out, err = fails("-b", "127.0.0.2", str(port))
+    assert (status, out) == (1, b"")
+    assert err == f"echo.py: cannot listen on 127.0.0.2:{port}: {os.strerror(errno.EADDRINUSE)}\n"
+
+
+def test_a_name_that_stands_for_nothing_is_named_with_status_1():
+    status, out, err = fails("-b", "nothing.invalid", "0")
+    assert (status, out) == (1, b"")
+    assert re.fullmatch(r"echo.py: cannot listen on nothing.invalid:0: [^\n]+\n", err)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["x"], ["-1"], ["65536"], ["--max-line", "0"], ["--max-clients", "0"], ["--max-clients", "x"],
+     ["--idle-timeout", "0"], ["--idle-timeout", "nan"], ["-q", "-v"], ["--nonsense"],
+     ["-b", "\udcff"]],
+)  # fmt: skip
+def test_a_bad_argument_is_explained_with_status_2(arguments):
+    status, out, err = fails(*arguments)
+    assert (status, out) == (2, b"")
+    assert re.fullmatch(r"usage: (.*\n)+echo.py: error: .*\n", err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sent", "expected"),
+    [(["--lf"], b"a\nb", b"a\n"), (["--max-line", "3"], b"abc\r\nabcd\r\n", b"abc\r\n"),
+     (["--idle-timeout", "0.1"], b"a\r\nb", b"a\r\n")],
+)  # fmt: skip
+def test_options_reach_the_server(run, arguments, sent, expected):
+    with connect(run(*arguments, "0").addresses[0]) as client:
+        client.sendall(sent)
+        if "--lf" in arguments:
+            client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == expected
+
+
+def test_max_clients_reaches_the_server(run):
+    script = run("--max-clients", "1", "0")
+    with connect(script.addresses[1]) as waiting:
+        with connect(script.addresses[0]):
+            pass
+        assert ask(waiting)
+
+
+def test_version_and_help():
+    assert fails("--version") == (0, f"echo.py {echo.__version__}\n".encode(), "")
+    status, out, err = fails("-h")
+    assert (status, err) == (0, "")
+    assert all(word in out for word in (b"--bind", b"--lf", b"--max-line", b"-q", b"-v", b"12321"))
 
 
 @pytest.mark.parametrize("signals", [1, 2])
@@ -1109,7 +1101,7 @@ def test_the_command_line_in_this_process(monkeypatch, signals):
         ready = out.readline().decode()
         with connect(("127.0.0.1", int(ready.rpartition(":")[2]))) as client:
             assert ask(client)
-            flood(client, b"x" * 998 + b"\r\n")
+            flood(client)
             os.kill(os.getpid(), signal.SIGTERM)
             wait_until_refused(client.getpeername())
             if signals == 2:
@@ -1140,6 +1132,9 @@ def test_the_command_line_refuses_in_this_process(arguments, monkeypatch):
     with pytest.raises(SystemExit) as exit:
         runpy.run_path(SCRIPT, run_name="__main__")
     assert exit.value.code
+
+
+# As a module
 
 
 def test_import_starts_nothing_and_installs_no_handler():
