@@ -3,7 +3,7 @@
 """A TCP server that echoes complete lines to many clients at once, on a single thread.
 
     python3 echo.py            # listens on 127.0.0.1:12321 and [::1]:12321
-    nc -C localhost 12321      # in another terminal: type a line, get it back
+    nc -C localhost 12321      # in another terminal (macOS: nc -c): type a line, get it back
 
 A line ends with CR LF. It comes back byte for byte as soon as it is complete, and never before. No
 client delays another: not one that sends half a line, not one that stops reading. Memory per
@@ -35,7 +35,7 @@ __version__ = "1.0.0"
 PORT = 12321
 LOOPBACKS = ("127.0.0.1", "::1")
 MAX_LINE = 1 << 20  # bytes; longer than any line sent on purpose
-MAX_CLIENTS = 1000  # stays below 1,024 descriptors, the usual limit of a process
+MAX_CLIENTS = 1000  # stays below 1,024 descriptors, the usual limit of a process on Linux
 MAX_CLIENTS_OF_SELECT = 500  # select() fails past 1,024 descriptors, on Windows past 512 sockets
 BACKLOG = 4096  # connections that the kernel may queue until accepted; it has a limit of its own
 RECEIVE_SIZE = 1 << 17  # bytes per read at most; twice that nearly halves the speed of long lines
@@ -56,41 +56,42 @@ class Client:
 
     def __init__(self, sock: socket.socket, name: str, deadline: float) -> None:
         self.sock = sock
-        self.name = name  # its address
+        self.name = name  # its address, for the log
         self.deadline = deadline  # when to close it, in seconds of time.monotonic()
         self.inbox = bytearray()  # the part of a line that has come so far
         self.outbox = bytearray()  # what the kernel had no room for yet of complete lines
         self.ending = ""  # why the server ends it; from then on its input is thrown away
-        self.bare_lf = False  # whether an LF has come without its CR
+        self.hinted = False  # whether the log has said that LF alone ends no line
         self.received = self.sent = 0  # bytes
 
     def feed(self, chunk: memoryview, terminator: bytes, max_line: int) -> memoryview:
-        """Take what has come, return the lines that are complete now, and keep the rest."""
+        """Return the lines that are complete now, keep the rest; too long a line sets `ending`."""
         inbox = self.inbox
-        start = max(len(inbox) - 1, 0)  # searched already, but its last byte may be half a CR LF
+        start = max(len(inbox) - 1, 0)  # what is before has been searched; a CR may end there
         inbox += chunk
         end = 0  # of the last complete line
-        reach = max_line + len(terminator)  # of one jump: no line within it can be too long
+        reach = max_line + len(terminator)  # how far to jump at once: over no line that is too long
         has_lf = inbox.find(b"\n", start) >= 0  # for speed alone: one byte is found 30 times faster
         while has_lf and (found := inbox.rfind(terminator, start, end + reach)) >= 0:
             start = end = found + len(terminator)
         if end:
             self.inbox = inbox[end:]
-        half = self.inbox[-1:] == terminator[:-1]  # a CR, which may be half a terminator
+        half = self.inbox[-1:] == terminator[:-1]  # a CR at the end may be half a CR LF
         if len(self.inbox) - half > max_line:
             self.ending = f"line longer than {max_line} bytes"
-        elif has_lf and not self.bare_lf and b"\n" in self.inbox:
-            self.bare_lf = True
-            log.info("%s sent LF without CR, which ends no line: try nc -C, or --lf", self.name)
-        return memoryview(inbox)[:end] if end else chunk[:0]
+        elif has_lf and not self.hinted and b"\n" in self.inbox:
+            self.hinted = True
+            log.info("%s sent LF without CR, which ends no line: try nc -C (macOS: nc -c), or --lf",
+                     self.name)  # fmt: skip
+        return memoryview(inbox)[:end] if end else chunk[:0]  # no view of what grows: BufferError
 
 
 class EchoServer:
     """Listens from the moment it is made; `addresses` lists each listener's (host, port).
 
-    With `lf`, lines end with LF alone. A line over `max_line` bytes, its terminator not counted,
-    ends the connection. `idle_timeout` is in seconds without a byte in or out. Raises ValueError
-    for a number out of range, OSError for an address that cannot be bound."""
+    With `lf`, lines end with LF alone. A line over `max_line` bytes, terminator not counted, ends
+    its connection. Over `max_clients`, the kernel queues who comes. `idle_timeout` is in seconds
+    without a byte. Raises ValueError for a number out of range, OSError for an unusable address."""
 
     def __init__(self, port: int = PORT, hosts: Sequence[str] = LOOPBACKS, *, lf: bool = False,
                  max_line: int = MAX_LINE, max_clients: int = MAX_CLIENTS,
@@ -108,8 +109,8 @@ class EchoServer:
         self._max_clients = min(max_clients, MAX_CLIENTS_OF_SELECT) if by_select else max_clients
         self._buffer = bytearray(RECEIVE_SIZE)  # one for all, used up in each turn
         self._view = memoryview(self._buffer)
-        self._rest_until = self._next_check = 0.0
-        self.stopping = self._watching = False  # watching: the listeners are registered
+        self._now = self._deadline = self._rest_until = self._next_check = 0.0
+        self.stopping = self._verbose = self._watching = False  # watching: the listeners
         self._wake_receiver, self._wake_sender = socket.socketpair()  # see shutdown()
         self._wake_sender.setblocking(False)
         self._selector.register(self._wake_receiver, EVENT_READ, (self._wake_receiver.recv, 4096))
@@ -159,13 +160,13 @@ class EchoServer:
         self._deadline = self._now + self._idle_timeout  # of who moves a byte in this turn
         self._verbose = log.isEnabledFor(logging.DEBUG)  # once a turn, for speed: 2 % a short line
         for key, _ in ready:  # the mask tells nothing new: each waits for one event only
-            handle, client = key.data  # or, in place of a client, a listener or the wake-up
+            handle, client = key.data  # or what else it handles: a listener, a number of bytes
             try:
                 handle(client)
             except BlockingIOError:
                 pass  # nothing to read, or no room, after all: readiness is only a hint
             except (OSError, EOFError, MemoryError) as reason:
-                self._close(client, str(reason) or "out of memory")
+                self._close(client, reason)
         if self._now >= self._next_check:
             self._next_check = self._now + TICK
             for client in [client for client in self._clients if client.deadline <= self._now]:
@@ -189,13 +190,13 @@ class EchoServer:
             return  # another listener, earlier in this turn, has taken the last place or failed
         try:
             sock, address = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
+        except (BlockingIOError, ConnectionError):
             return  # the client has hung up already
-        except OSError as error:  # EMFILE, ENOMEM, ...: it stays queued, hence ready: rest, or spin
+        except (OSError, MemoryError) as error:  # EMFILE, ...: it would be ready again at once
             self._rest_until = time.monotonic() + REST
-            log.warning("cannot accept: %s; next try in %g s", error, REST)
+            log.warning("cannot accept: %s; next try in %g s", str(error) or "out of memory", REST)
             return
-        client = Client(sock, endpoint(address), self._deadline)
+        client = Client(sock, endpoint(address or ("?", 0)), self._deadline)  # ?: gone, on macOS
         self._clients.add(client)
         log.info("%s connected", client.name)
         try:
@@ -203,8 +204,8 @@ class EchoServer:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # do not delay short lines
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # find who has vanished
             self._selector.register(sock, EVENT_READ, (self._receive, client))
-        except OSError as error:
-            self._close(client, str(error))
+        except (OSError, MemoryError) as reason:
+            self._close(client, reason)
 
     def _receive(self, client: Client) -> None:
         """Read once, and try at once to send the lines that are complete: mostly it all goes."""
@@ -260,13 +261,14 @@ class EchoServer:
         with contextlib.suppress(OSError):  # it is gone already; the next read says so
             client.sock.shutdown(socket.SHUT_WR)
 
-    def _close(self, client: Client, reason: str) -> None:
+    def _close(self, client: Client, reason: object) -> None:
         with contextlib.suppress(KeyError):  # it was never registered
             self._selector.unregister(client.sock)  # first: close() frees its number for another
         client.sock.close()
         self._clients.discard(client)
         log.info("%s disconnected: %s, %d bytes echoed, %d dropped", client.name,
-                 client.ending or reason, client.sent, client.received - client.sent)  # fmt: skip
+                 client.ending or str(reason) or "out of memory",  # a MemoryError says nothing
+                 client.sent, client.received - client.sent)  # fmt: skip
 
 
 def listen(port: int, hosts: Sequence[str], tries: int = 10) -> list[socket.socket]:
@@ -280,13 +282,13 @@ def listen(port: int, hosts: Sequence[str], tries: int = 10) -> list[socket.sock
         except OSError as error:
             no_ipv6 = host == "::1" and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
             if no_ipv6 and hosts is LOOPBACKS:
-                continue  # nobody asked for it
+                continue  # a machine without IPv6, and nobody asked for it
             for listener in listeners:
                 listener.close()
             if error.errno == errno.EADDRINUSE and port == 0 and tries:
                 return listen(port, hosts, tries - 1)
             text = f"cannot listen on {endpoint((host, bound))}: {error.strerror}"
-            raise OSError(error.errno, text.partition(" (")[0]) from None
+            raise OSError(error.errno, text.partition(" (while ")[0]) from None
         listeners[-1].setblocking(False)
     return listeners
 
@@ -298,7 +300,7 @@ class LogHandler(logging.Handler):
         """Write if stdout has room: in a pipe for PIPE_BUF bytes (POSIX: 512), more than a line."""
         line = self.format(record).encode("ascii", "backslashreplace") + b"\n"
         with contextlib.suppress(OSError):  # nobody reads it any more, or the disk is full
-            if os.name == "nt" or select.select([], [sys.stdout], [], 0)[1]:  # Windows cannot tell
+            if os.name == "nt" or select.select([], [sys.stdout], [], 0)[1]:  # Windows may wait
                 os.write(sys.stdout.fileno(), line)
 
 
@@ -310,7 +312,7 @@ def main() -> None:
     add("--version", action="version", version=f"%(prog)s {__version__}")
     add("-b", "--bind", metavar="ADDRESS", action="append", help="default: both loopbacks")
     add("--lf", action="store_true", help="lines end with LF alone, not with CR LF")
-    add("--max-line", metavar="BYTES", type=int, default=MAX_LINE, help=f"default: {MAX_LINE}")
+    add("--max-line", metavar="BYTES", type=int, default=MAX_LINE, help="default: %(default)s")
     add("--max-clients", metavar="N", type=int, default=MAX_CLIENTS, help="default: %(default)s")
     add("--idle-timeout", metavar="SECONDS", type=float, default="inf", help="default: never")
     either = parser.add_mutually_exclusive_group()
@@ -332,7 +334,7 @@ def main() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    with contextlib.suppress(OSError, AttributeError):  # reopen a terminal: its flags are shared
+    with contextlib.suppress(OSError, AttributeError):  # a terminal that does not block: its own
         os.dup2(os.open(os.ttyname(1), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY), 1)
     with server:
         log.addHandler(LogHandler() if sys.stdout else logging.NullHandler())
