@@ -241,7 +241,7 @@ class EchoServer:
         client.sent += sent
         client.deadline = self._deadline
         del client.outbox[:sent]
-        if not client.outbox:  # alone: nearly every socket has room, so it would always be ready
+        if not client.outbox:  # no more waiting for room: most sockets have some, always ready
             self._selector.modify(client.sock, EVENT_READ, (self._receive, client))
             if client.ending:
                 self._linger(client)
@@ -285,7 +285,7 @@ def listen(port: int, hosts: Sequence[str], tries: int = 10) -> list[socket.sock
                 continue  # a machine without IPv6, and nobody asked for it
             for listener in listeners:
                 listener.close()
-            if error.errno == errno.EADDRINUSE and port == 0 and tries:
+            if error.errno == errno.EADDRINUSE and port == 0 and tries:  # free on one, not on all
                 return listen(port, hosts, tries - 1)
             text = f"cannot listen on {endpoint((host, bound))}: {error.strerror}"
             raise OSError(error.errno, text.partition(" (while ")[0]) from None
@@ -334,7 +334,7 @@ def main() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    with contextlib.suppress(OSError, AttributeError):  # a terminal that does not block: its own
+    with contextlib.suppress(OSError, AttributeError):  # reopen a terminal: its flags are shared
         os.dup2(os.open(os.ttyname(1), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY), 1)
     with server:
         log.addHandler(LogHandler() if sys.stdout else logging.NullHandler())
