@@ -376,9 +376,10 @@ def test_bare_lf_is_explained_once_per_connection(server, caplog):
         for client, data in (one, b"a\n"), (one, b"b\n\n"), (other, b"x\r\nc\nd"):
             client.sendall(data)
             settle(server)
-    hints = [text for text in caplog.messages if "LF without CR" in text]
-    assert len(hints) == 2 == len(set(hints))
-    assert all("nc -C" in text and "--lf" in text for text in hints)
+    hints = [record for record in caplog.records if "LF without CR" in record.message]
+    assert len(hints) == 2 == len({hint.message for hint in hints})
+    assert all("nc -C" in hint.message and "--lf" in hint.message for hint in hints)
+    assert all(hint.levelno == logging.INFO for hint in hints)
 
 
 @pytest.mark.parametrize(
@@ -557,12 +558,14 @@ def test_what_is_no_fault_of_a_client_is_not_taken_for_one(server, method, monke
             settle(server)
 
 
-def test_a_client_without_an_address_ends_nobody_else(server, monkeypatch):
+def test_a_client_without_an_address_ends_nobody_else(server, monkeypatch, caplog):
     """On macOS accept() may return none, for a client that has hung up already."""
+    caplog.set_level(logging.INFO, "echo")
     accept = socket.socket.accept
     with monkeypatch.context() as patch, connect(server):
         patch.setattr(socket.socket, "accept", lambda listener: (accept(listener)[0], None))
         settle(server)
+    assert caplog.messages[0] == "?:0 connected"
     with connect(server) as client:
         assert is_served(client, server)
 
@@ -686,7 +689,7 @@ def test_selectors_behave_the_same(selector, monkeypatch):
 def test_the_numbers_are_those_that_are_promised():
     assert (echo.PORT, echo.MAX_LINE, echo.RECEIVE_SIZE) == (12321, 1048576, 131072)
     assert (echo.MAX_CLIENTS, echo.MAX_CLIENTS_OF_SELECT) == (1000, 500)
-    assert (echo.LINGER, echo.REST, echo.TICK) == (5, 1, 0.25)
+    assert (echo.LINGER, echo.REST, echo.TICK, echo.SHOWN) == (5, 1, 0.25, 80)
 
 
 TOO_LONG = {  # what is sent: what comes back, at a limit of LIMIT bytes a line
@@ -762,6 +765,7 @@ def test_what_follows_a_line_over_the_limit_is_thrown_away(strict_server):
         for _ in range(20):
             client.sendall(b"x" * 100000)
             settle(strict_server)
+        assert inside.ending == "line longer than 10 bytes"
         assert inside.received == 2000000
         assert len(inside.inbox) <= 100000
         assert not inside.outbox
@@ -885,15 +889,15 @@ def test_who_comes_after_the_stop_is_not_accepted(server):
 
 
 def test_stopping_waits_for_a_client_that_never_reads_no_longer_than_promised(start, monkeypatch):
-    monkeypatch.setattr(echo, "LINGER", 1.2)
+    monkeypatch.setattr(echo, "LINGER", 0.3)
     server = start()
     with connect(server) as client:
         flood(client)
         started = time.monotonic()
         server.shutdown()
-        with within(4):
+        with within(1.2):
             join(server.thread)
-        assert time.monotonic() - started >= 1.2
+        assert time.monotonic() - started >= 0.3
 
 
 def test_stopping_does_not_reset_a_client_whose_input_is_unread(server, monkeypatch):
@@ -930,6 +934,15 @@ def test_a_line_on_its_way_when_it_stops_does_not_cost_what_was_sent(server, mon
         for _ in range(2):
             client.sendall(b"one more\r\n")  # after a reset, the second one would fail
     join(thread)
+
+
+def test_stopping_is_not_stopped_by_a_client_that_has_just_gone(server, monkeypatch):
+    break_method(monkeypatch, "shutdown", errno.ENOTCONN)
+    with connect(server):
+        settle(server)
+        server.shutdown()
+        server.serve_forever()
+        assert not server._clients
 
 
 def test_a_second_signal_ends_it_at_once(run):
@@ -1029,6 +1042,7 @@ def test_verbose_counts_what_it_does_not_show_of_very_many_lines(server, caplog)
         settle(server)
     assert sum(text.endswith(" b'a'") for text in caplog.messages) == echo.SHOWN
     assert caplog.messages[-1].endswith(" and more lines: 5")
+    assert caplog.records[-1].levelno == logging.DEBUG
 
 
 def test_a_log_pipe_that_nobody_reads_stops_nobody(run):
