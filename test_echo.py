@@ -378,7 +378,7 @@ def test_bare_lf_is_explained_once_per_connection(server, caplog):
             settle(server)
     hints = [record for record in caplog.records if "LF without CR" in record.message]
     assert len(hints) == 2 == len({hint.message for hint in hints})
-    assert all("nc -C" in hint.message and "--lf" in hint.message for hint in hints)
+    assert all(hint.message.endswith(": try nc -C (macOS: nc -c), or --lf") for hint in hints)
     assert all(hint.levelno == logging.INFO for hint in hints)
 
 
@@ -592,12 +592,13 @@ def test_a_connection_that_is_gone_before_it_is_accepted_stops_nothing(
     assert not caplog.messages
 
 
-def test_an_accept_that_finds_nobody_does_not_wait(server):
-    server._run_once(0)
-    for listener in server._listeners:
-        assert listener.gettimeout() == 0
-        server._accept(listener)
-    assert not server._clients
+def test_an_accept_that_finds_nobody_does_not_wait():
+    with echo.EchoServer(0) as server:
+        server._run_once(0)
+        for listener in server._listeners:
+            assert listener.gettimeout() == 0
+            server._accept(listener)
+        assert not server._clients
 
 
 @pytest.mark.parametrize("method", ["accept", "recv_into", "send"])
@@ -793,12 +794,14 @@ def test_the_last_place_is_given_once_when_two_come_in_one_turn():
             assert len(server._clients) == 1
 
 
-def test_select_is_not_given_more_descriptors_than_it_can_watch(monkeypatch):
-    monkeypatch.setattr(selectors, "DefaultSelector", selectors.SelectSelector)
-    with echo.EchoServer(0, ["127.0.0.1"]) as server:
-        assert server._max_clients == echo.MAX_CLIENTS_OF_SELECT < echo.MAX_CLIENTS
-    with echo.EchoServer(0, ["127.0.0.1"], max_clients=7) as server:
-        assert server._max_clients == 7
+@pytest.mark.parametrize(("selector", "most"), [("SelectSelector", 500), ("PollSelector", 1000)])
+def test_select_is_not_given_more_descriptors_than_it_can_watch(selector, most, monkeypatch):
+    if not hasattr(selectors, selector):
+        pytest.skip(f"this platform has no {selector}")
+    monkeypatch.setattr(selectors, "DefaultSelector", getattr(selectors, selector))
+    for asked, allowed in (echo.MAX_CLIENTS, most), (7, 7):
+        with echo.EchoServer(0, ["127.0.0.1"], max_clients=asked) as server:
+            assert server._max_clients == allowed
 
 
 @needs_127_0_0_2
@@ -936,6 +939,40 @@ def test_a_line_on_its_way_when_it_stops_does_not_cost_what_was_sent(server, mon
     join(thread)
 
 
+def test_when_it_stops_who_has_not_hung_up_is_given_a_moment_to(server, monkeypatch):
+    monkeypatch.setattr(echo, "TICK", 0.5)
+    turn = server._run_once
+
+    def turn_with_a_look_at_the_deadlines(timeout):
+        server._next_check = 0
+        turn(timeout)
+
+    monkeypatch.setattr(server, "_run_once", turn_with_a_look_at_the_deadlines)
+    with connect(server) as quick, connect(server):
+        settle(server)
+        started = time.monotonic()
+        server.shutdown()
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        assert read_all(quick) == b""
+        quick.close()
+        join(thread)
+        assert time.monotonic() - started >= 0.5
+
+
+def test_stopping_leaves_the_reason_of_who_was_being_ended_already(
+    strict_server, monkeypatch, caplog
+):
+    monkeypatch.setattr(echo, "LINGER", 0.3)
+    caplog.set_level(logging.INFO, "echo")
+    with connect(strict_server) as client:
+        client.sendall(b"x" * 11)
+        settle(strict_server)
+        strict_server.shutdown()
+        strict_server.serve_forever()
+    assert " disconnected: line longer than 10 bytes, " in caplog.messages[-1]
+
+
 def test_stopping_is_not_stopped_by_a_client_that_has_just_gone(server, monkeypatch):
     break_method(monkeypatch, "shutdown", errno.ENOTCONN)
     with connect(server):
@@ -1000,9 +1037,10 @@ def test_each_connection_is_logged_when_it_comes_and_when_it_leaves(run):
     with connect(script.addresses[0]) as client:
         me = echo.endpoint(client.getsockname())
         assert script.line() == f"{me} connected"
+        assert ask(client, b"hello\r\n")
         client.sendall(b"hello\r\nhel")
         client.shutdown(socket.SHUT_WR)
-        assert script.line() == f"{me} disconnected: closed by client, 7 bytes echoed, 3 dropped"
+        assert script.line() == f"{me} disconnected: closed by client, 14 bytes echoed, 3 dropped"
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EPIPE])
@@ -1042,7 +1080,14 @@ def test_verbose_counts_what_it_does_not_show_of_very_many_lines(server, caplog)
         settle(server)
     assert sum(text.endswith(" b'a'") for text in caplog.messages) == echo.SHOWN
     assert caplog.messages[-1].endswith(" and more lines: 5")
-    assert caplog.records[-1].levelno == logging.DEBUG
+    assert {record.levelno for record in caplog.records[-2:]} == {logging.DEBUG}
+
+
+def test_the_log_is_ascii_in_whatever_language_the_system_names_an_error(monkeypatch, tmp_path):
+    with open(tmp_path / "log", "wb") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        echo.LogHandler().emit(logging.makeLogRecord({"msg": "zu gro\xdf"}))
+    assert (tmp_path / "log").read_bytes() == b"zu gro\\xdf\n"
 
 
 def test_a_log_pipe_that_nobody_reads_stops_nobody(run):
@@ -1205,7 +1250,7 @@ def test_a_bad_argument_is_explained_with_status_2(arguments):
      (["--idle-timeout", "0.5"], b"a\r\nb", b"a\r\n")],
 )  # fmt: skip
 def test_options_reach_the_server(run, arguments, sent, expected):
-    with connect(run(*arguments, "0").addresses[0]) as client:
+    with connect(run("0", *arguments).addresses[0]) as client:
         client.sendall(sent)
         if "--lf" in arguments:
             client.shutdown(socket.SHUT_WR)
@@ -1213,7 +1258,7 @@ def test_options_reach_the_server(run, arguments, sent, expected):
 
 
 def test_max_clients_reaches_the_server(run):
-    script = run("--max-clients", "1", "0")
+    script = run("0", "--max-clients", "1")
     with connect(script.addresses[0]) as first:
         assert ask(first)
         with connect(script.addresses[-1]) as waiting:
@@ -1353,6 +1398,12 @@ def test_leaving_the_context_closes():
 def test_numbers_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=r"^the port must be 0 to 65535, .* above 0$"):
         echo.EchoServer(**options)
+
+
+def test_the_least_and_the_largest_numbers_are_taken():
+    echo.EchoServer(0, ["127.0.0.1"], max_line=1, max_clients=1, idle_timeout=1e-9).close()
+    with contextlib.suppress(OSError):  # if that port is taken
+        echo.EchoServer(65535, ["127.0.0.1"]).close()
 
 
 def test_no_resource_is_left_to_the_garbage_collector(run):
