@@ -61,7 +61,9 @@ needs_127_0_0_2 = pytest.mark.skipif(
 def connect(address):
     if isinstance(address, echo.EchoServer):
         address = address.addresses[0]
-    return socket.create_connection(address, timeout=PATIENCE)
+    sock = socket.create_connection(address, timeout=PATIENCE)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a small piece is sent at once
+    return sock
 
 
 def connect_when_ready(address):
@@ -128,7 +130,7 @@ def wait_until_refused(address):
 
 def flood(sock):
     """Send lines, read nothing, until nothing is taken for a while. Return what was sent."""
-    sock.settimeout(0.5)
+    sock.settimeout(0.3)
     sent = 0
     with contextlib.suppress(socket.timeout):
         while sent < len(FLOOD):
@@ -553,8 +555,8 @@ def test_an_error_ends_that_client_alone(server, method, error, reason, monkeypa
     caplog.set_level(logging.INFO, "echo")
     with connect(server) as other:
         settle(server)
-        break_method(monkeypatch, method, error)
         with connect(server) as victim:
+            break_method(monkeypatch, method, error)
             victim.sendall(b"hello\r\n")
             settle(server)
             assert len(server._clients) == 1
@@ -564,8 +566,8 @@ def test_an_error_ends_that_client_alone(server, method, error, reason, monkeypa
 
 @pytest.mark.parametrize("method", ["accept", "recv_into", "send", "setsockopt"])
 def test_what_is_no_fault_of_a_client_is_not_taken_for_one(server, method, monkeypatch):
-    break_method(monkeypatch, method, KeyboardInterrupt())
     with connect(server) as client:
+        break_method(monkeypatch, method, KeyboardInterrupt())
         client.sendall(b"hello\r\n")
         with pytest.raises(KeyboardInterrupt):
             settle(server)
@@ -737,7 +739,7 @@ def test_a_client_over_the_limit_reads_the_lines_before_it_and_eof(
     strict_server, stream, echoed, whole
 ):
     with connect(strict_server) as client:
-        for piece in [stream] if whole else [stream[i : i + 1] for i in range(len(stream))]:
+        for piece in [stream] if whole else [stream[i : i + 4] for i in range(0, len(stream), 4)]:
             client.sendall(piece)
             settle(strict_server)
         if echoed == stream:
@@ -831,7 +833,7 @@ def test_select_is_not_given_more_descriptors_than_it_can_watch(selector, most, 
 def test_out_of_descriptors_accepting_rests_and_the_clients_that_are_in_are_served(
     error, reason, monkeypatch, caplog
 ):
-    monkeypatch.setattr(echo, "REST", 0.5)
+    monkeypatch.setattr(echo, "REST", 0.3)
     hosts = ["127.0.0.1", "127.0.0.2"]
     with echo.EchoServer(0, hosts) as server, connect(server) as inside:
         settle(server)
@@ -846,11 +848,11 @@ def test_out_of_descriptors_accepting_rests_and_the_clients_that_are_in_are_serv
             with within(3):
                 while len(server._clients) < 3:
                     server._run_once(echo.TICK)
-            assert time.monotonic() - started >= 0.5
+            assert time.monotonic() - started >= 0.3
             settle(server)
             assert waiting.recv(100) == b"hello\r\n"
     (warning,) = [text for text in caplog.messages if text.startswith("cannot accept: ")]
-    assert warning.endswith(f"{reason}; next try in 0.5 s")
+    assert warning.endswith(f"{reason}; next try in 0.3 s")
 
 
 # Stopping
