@@ -110,7 +110,7 @@ class EchoServer:
         self._buffer = bytearray(RECEIVE_SIZE)  # one for all, used up in each turn
         self._view = memoryview(self._buffer)
         self._now = self._deadline = self._rest_until = self._next_check = 0.0
-        self.stopping = self._verbose = self._watching = False  # watching: the listeners
+        self.stopping = self._verbose = self._watching = False  # watching: listeners are registered
         self._wake_receiver, self._wake_sender = socket.socketpair()  # see shutdown()
         self._wake_sender.setblocking(False)
         self._selector.register(self._wake_receiver, EVENT_READ, (self._wake_receiver.recv, 4096))
@@ -196,7 +196,7 @@ class EchoServer:
             self._rest_until = time.monotonic() + REST
             log.warning("cannot accept: %s; next try in %g s", str(error) or "out of memory", REST)
             return
-        client = Client(sock, endpoint(address or ("?", 0)), self._deadline)  # ?: gone, on macOS
+        client = Client(sock, endpoint(address or ("?", 0)), self._deadline)  # macOS: none if gone
         self._clients.add(client)
         log.info("%s connected", client.name)
         try:
