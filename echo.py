@@ -1,18 +1,22 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.8"
+# ///
 """A TCP server that echoes complete lines to many clients at once, on a single thread.
 
-    python3 echo.py            # listens on 127.0.0.1:12321 and [::1]:12321
-    nc -C localhost 12321      # in another terminal (macOS: nc -c): type a line, get it back
+    python3 echo.py         # listens on 127.0.0.1:12321 and [::1]:12321
+    nc -C localhost 12321   # in another terminal (macOS: nc -c): type a line
 
-A line ends with CR LF. It comes back byte for byte as soon as it is complete, and never before. No
-client delays another: not one that sends half a line, not one that stops reading. Memory per
-client is bounded, and an error on a connection ends that connection alone.
+A line ends with CR LF. It comes back byte for byte as soon as it is complete. No client
+delays another, be it in the middle of a line or not reading at all. Memory per client
+is bounded, and an error ends one connection alone.
 
-How it works: a selector tells which sockets are ready, that is, need not be waited for, and one
-loop gives each a short turn. Between turns, a client is two buffers: the inbox holds the part of a
-line that has come so far, the outbox the bytes that are owed. While bytes are owed, the loop waits
-to write to that client and reads nothing from it, so that TCP makes it wait, and it alone.
+A selector waits until sockets are ready: a recv from a ready socket, or a send to it,
+does not block. One loop gives each ready client a short turn. Between two turns, a
+client is two buffers: the inbox holds the part of a line that has come so far, the
+outbox holds the bytes that the client is owed. While it is owed bytes, the loop waits
+to write to it and reads nothing from it. TCP then makes that client wait, and no other.
 """
 
 from __future__ import annotations
@@ -28,92 +32,363 @@ import signal
 import socket
 import sys
 import time
+from math import inf
 from selectors import EVENT_READ, EVENT_WRITE
-from typing import Any, Sequence
+from typing import Any, Iterable, Union
 
-__version__ = "1.0.0"
-PORT = 12321
-LOOPBACKS = ("127.0.0.1", "::1")
-MAX_LINE = 1 << 20  # bytes; longer than any line sent on purpose
-MAX_CLIENTS = 1000  # stays below 1,024 descriptors, the usual limit of a process on Linux
-MAX_CLIENTS_OF_SELECT = 500  # select() fails past 1,024 descriptors, on Windows past 512 sockets
-BACKLOG = 4096  # connections that the kernel may queue until accepted; it has a limit of its own
-RECEIVE_SIZE = 1 << 17  # bytes per read at most; twice that nearly halves the speed of long lines
-TICK = 0.25  # seconds between two looks at the deadlines
-REST = 1.0  # seconds to stop accepting when descriptors or kernel memory have run out
-LINGER = 5.0  # seconds that a clean end may take
-SHOWN = 80  # lines of a read, and bytes of a line, that -v logs
+(NEEDS := "echo.py needs Python 3.8")  # An older Python stops here, and shows this.
+
+__version__ = "1.1.0"
+RECEIVE_SIZE = 1 << 17  # bytes that one read takes at most
+Bytes = Union[bytes, bytearray, memoryview]
+Hosts = Union[str, Iterable[str], None]
 log = logging.getLogger("echo")
 
 
-def endpoint(address: Sequence[Any]) -> str:
-    """Return a socket address as people write it: 127.0.0.1:12321 or [::1]:12321."""
-    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
-
-
 class Client:
-    """One connection: what has come from it and what is owed to it. It does no I/O."""
+    """One connection, and all that the server remembers of it between two turns."""
 
-    def __init__(self, sock: socket.socket, name: str, deadline: float) -> None:
+    def __init__(self, sock: socket.socket, name: str, now: float) -> None:
         self.sock = sock
         self.name = name  # its address, for the log
-        self.deadline = deadline  # when to close it, in seconds of time.monotonic()
         self.inbox = bytearray()  # the part of a line that has come so far
-        self.outbox = bytearray()  # what the kernel had no room for yet of complete lines
-        self.ending = ""  # why the server ends it; from then on its input is thrown away
-        self.hinted = False  # whether the log has said that LF alone ends no line
+        self.outbox = bytearray()  # what it is owed: bytes the kernel had no room for
+        self.seen = now  # when a byte last moved, in seconds of time.monotonic()
         self.received = self.sent = 0  # bytes
+        self.warned = False  # whether the log has explained that LF alone ends no line
+        self.ending = ""  # why the server ends this connection; empty: it does not
+        self.ending_since = inf  # in seconds of time.monotonic()
 
-    def feed(self, chunk: memoryview, terminator: bytes, max_line: int) -> memoryview:
-        """Return the lines that are complete now, keep the rest; too long a line sets `ending`."""
-        inbox = self.inbox
-        start = max(len(inbox) - 1, 0)  # what is before has been searched; a CR may end there
-        inbox += chunk
-        end = 0  # of the last complete line
-        reach = max_line + len(terminator)  # how far to jump at once: over no line that is too long
-        has_lf = inbox.find(b"\n", start) >= 0  # for speed alone: one byte is found 30 times faster
-        while has_lf and (found := inbox.rfind(terminator, start, end + reach)) >= 0:
-            start = end = found + len(terminator)
-        if end:
-            self.inbox = inbox[end:]
-        half = self.inbox[-1:] == terminator[:-1]  # a CR at the end may be half a CR LF
-        if len(self.inbox) - half > max_line:
-            self.ending = f"line longer than {max_line} bytes"
-        elif has_lf and not self.hinted and b"\n" in self.inbox:
-            self.hinted = True
-            log.info("%s sent LF without CR, which ends no line: try nc -C (macOS: nc -c), or --lf",
-                     self.name)  # fmt: skip
-        return memoryview(inbox)[:end] if end else chunk[:0]  # no view of what grows: BufferError
+
+def take_lines(
+    inbox: bytearray, chunk: memoryview, terminator: bytes, max_line: int
+) -> tuple[Bytes, bytearray]:
+    """Return the lines that the chunk completes, and the rest: the next inbox.
+
+    A line of over `max_line` bytes stays in the rest, which is otherwise shorter than
+    the longest line with its terminator.
+    """
+    # Optimization: a chunk of whole lines passes through uncopied.
+    if not inbox and len(chunk) <= max_line and chunk[-len(terminator) :] == terminator:
+        return chunk, inbox
+    searched = max(len(inbox) - 1, 0)  # A CR at its end may be waiting for its LF.
+    inbox += chunk
+    end = 0
+    # Optimization: no LF, no end of a line; and one byte is found much faster than two.
+    if inbox.find(b"\n", searched) >= 0:
+        # A terminator within one limit's reach of the end of a line ends a line that is
+        # not too long. So the last one within reach ends all the lines up to it.
+        reach = max_line + len(terminator)
+        while (at := inbox.rfind(terminator, max(searched, end), end + reach)) >= 0:
+            end = at + len(terminator)
+    if not end:
+        return b"", inbox
+    return inbox[:end], inbox[end:]
 
 
 class EchoServer:
-    """Listens from the moment it is made; `addresses` lists each listener's (host, port).
+    """Listens from the moment it is made, in the process that made it. It serves once.
 
-    With `lf`, lines end with LF alone. A line over `max_line` bytes, terminator not counted, ends
-    its connection. Over `max_clients`, the kernel queues who comes. `idle_timeout` is in seconds
-    without a byte. Raises ValueError for a number out of range, OSError for an unusable address."""
+    `hosts` are addresses or names, or one as a string; None means both loopbacks.
+    `max_line` is in bytes, `idle_timeout` in seconds; port 0 takes a free one.
+    Raises ValueError for an argument out of range, OSError for an unusable address.
+    """
 
-    def __init__(self, port: int = PORT, hosts: Sequence[str] = LOOPBACKS, *, lf: bool = False,
-                 max_line: int = MAX_LINE, max_clients: int = MAX_CLIENTS,
-                 idle_timeout: float = float("inf")) -> None:  # fmt: skip
-        if not (0 <= port <= 65535 and max_line > 0 and max_clients > 0 and idle_timeout > 0):
-            raise ValueError("the port must be 0 to 65535, every other number above 0")
+    def __init__(
+        self,
+        port: int = 12321,
+        hosts: Hosts = None,
+        *,
+        lf: bool = False,
+        max_line: int = 1 << 20,
+        max_clients: int = 1000,
+        idle_timeout: float = inf,
+    ) -> None:
+        check_range(port, max_line, max_clients, idle_timeout)
         self._terminator = b"\n" if lf else b"\r\n"
         self._max_line = max_line
+        self._max_clients = max_clients
         self._idle_timeout = idle_timeout
         self._clients: set[Client] = set()
-        self._listeners = listen(port, hosts)
-        self.addresses: list[tuple[str, int]] = [s.getsockname()[:2] for s in self._listeners]
-        self._selector = selectors.DefaultSelector()
-        by_select = isinstance(self._selector, selectors.SelectSelector)
-        self._max_clients = min(max_clients, MAX_CLIENTS_OF_SELECT) if by_select else max_clients
-        self._buffer = bytearray(RECEIVE_SIZE)  # one for all, used up in each turn
-        self._view = memoryview(self._buffer)
-        self._now = self._deadline = self._rest_until = self._next_check = 0.0
-        self.stopping = self._verbose = self._watching = False  # watching: listeners are registered
+        self._buffer = memoryview(bytearray(RECEIVE_SIZE))  # used anew for each read
+        self._listeners: list[socket.socket] = []
+        self._watching = False  # whether the selector watches the listeners
+        self._now = time.monotonic()  # the time of this turn
+        self._deadline = 0.0  # when to check the deadlines; inf: there are none
+        self._rest_until = inf  # when to accept again after a shortage; inf: now
+        self._stopping = False  # set by shutdown()
+        self._closing = False  # set by close()
+        self._serving = False  # whether serve_forever() will close everything
         self._wake_receiver, self._wake_sender = socket.socketpair()  # see shutdown()
-        self._wake_sender.setblocking(False)
-        self._selector.register(self._wake_receiver, EVENT_READ, (self._wake_receiver.recv, 4096))
+        self._open(port, hosts)  # listeners, and a selector to watch sockets with
+
+    def serve_forever(self) -> None:
+        """Serve until `shutdown()`; then answer those who came before it, and close."""
+        self._serving = True
+        with self._opened:
+            while not self._stopping:
+                if self._can_accept() != self._watching:
+                    self._toggle_listeners()
+                self._turn()
+            if not self._closing:
+                self._stop()
+
+    def _turn(self) -> None:
+        """Wait until sockets are ready or a deadline has come; serve who is ready."""
+        asked = time.monotonic()
+        timeout = None if self._deadline == inf else max(self._deadline - asked, 0)
+        try:
+            ready: list[Any] = self._selector.select(timeout)
+        except (OSError, MemoryError):
+            ready = self._renew_selector()
+        self._now = time.monotonic()
+        self._verbose = log.isEnabledFor(logging.DEBUG)
+        for key, _ in ready:
+            if key.data:
+                self._serve(key.data)
+            elif key.fileobj is self._wake_receiver:
+                with contextlib.suppress(OSError):
+                    self._wake_receiver.recv(4096)
+            else:  # As many newcomers as are ready: neither makes the other wait.
+                self._accept(key.fileobj, len(ready))
+        if asked >= self._deadline:  # Not self._now: look first, and judge then.
+            self._check_deadlines(asked)
+
+    def _accept(self, listener: socket.socket, most: int) -> None:
+        """Take in clients from the kernel's queue, and wait for what they send."""
+        while most and self._can_accept():
+            most -= 1
+            try:
+                sock, address = listener.accept()
+            except BlockingIOError:
+                return  # The queue is empty.
+            except (OSError, MemoryError) as error:
+                if isinstance(error, MemoryError) or error.errno in self.SHORTAGES:
+                    self._rest(error)  # Any other error has ended that connection only.
+            else:
+                client = Client(sock, endpoint(*host_and_port(address)), self._now)
+                self._clients.add(client)
+                log.info("%s connected", client.name)
+                self._watch(client)
+
+    def _watch(self, client: Client) -> None:
+        try:
+            client.sock.setblocking(False)
+            event = EVENT_WRITE if client.outbox else EVENT_READ
+            self._selector.register(client.sock, event, client)
+        except (OSError, MemoryError) as error:
+            self._close(client, plain(error))
+
+    def _serve(self, client: Client) -> None:
+        """Let a ready client make one step. An error ends that client, and it alone."""
+        try:
+            if client.outbox:
+                self._send(client, client.outbox)
+            else:
+                self._receive(client)
+        except BlockingIOError:
+            pass  # It was not ready after all: readiness is a hint.
+        except (OSError, MemoryError) as error:
+            self._close(client, plain(error))
+
+    def _receive(self, client: Client) -> None:
+        """Read once, and send the lines that are now complete."""
+        count = client.sock.recv_into(self._buffer)
+        if not count:  # Nothing is owed to a client that is read from: all is sent.
+            where = " in mid-line" if client.inbox else ""
+            self._close(client, f"closed by client{where}")
+            return
+        client.seen = self._now
+        client.received += count
+        if client.ending:
+            return  # What comes after the end is thrown away.
+        lines, client.inbox = take_lines(
+            client.inbox, self._buffer[:count], self._terminator, self._max_line
+        )
+        if lines:
+            self._send(client, lines)
+            if self._verbose:
+                log_lines(client.name, bytes(lines).split(self._terminator)[:-1])
+        if client.inbox:
+            self._check_rest(client, count)
+
+    def _send(self, client: Client, data: Bytes) -> None:
+        """Send once: new lines or what is owed. Owe what the kernel has no room for."""
+        owed = bool(client.outbox)
+        # New lines do not wait until the socket is ready for them: mostly it is.
+        try:
+            sent = client.sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent:
+            client.seen = self._now
+            client.sent += sent
+        if owed:
+            del client.outbox[:sent]
+        elif sent < len(data):
+            client.outbox += data[sent:]
+        if bool(client.outbox) != owed:  # Wait for the other event, and for it alone.
+            event = EVENT_WRITE if client.outbox else EVENT_READ
+            self._selector.modify(client.sock, event, client)
+            if client.ending:
+                self._end(client, client.ending)
+
+    def _close(self, client: Client, reason: str) -> None:
+        self._forget(client.sock)
+        self._clients.discard(client)
+        counts = f"{client.sent} bytes echoed, {client.received - client.sent} dropped"
+        log.info(
+            "%s disconnected: %s, %s", client.name, client.ending or reason, counts
+        )
+
+    # ---- Limits and shortages --------------------------------------------------------
+
+    SELECT_CLIENTS = 500  # select() takes 1,024 descriptors, on Windows 512 sockets
+    SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+    REST = 1.0  # seconds without accepting, after a shortage
+
+    def _can_accept(self) -> bool:
+        return len(self._clients) < self._max_clients and self._rest_until == inf
+
+    def _toggle_listeners(self) -> None:
+        """Watch the listeners, or no longer: then the kernel queues who comes."""
+        self._watching = not self._watching
+        try:
+            for listener in self._listeners:
+                if self._watching:
+                    self._selector.register(listener, EVENT_READ)
+                else:
+                    with contextlib.suppress(KeyError):  # It could not be registered.
+                        self._selector.unregister(listener)
+        except FileExistsError:  # An unregister() has failed, unseen.
+            self._renew_selector()
+        except (OSError, MemoryError) as error:
+            self._rest(error)
+
+    def _rest(self, error: OSError | MemoryError) -> None:
+        """Accept nobody for a while: the listener would be ready again at once."""
+        self._rest_until = self._now + self.REST
+        self._deadline = min(self._deadline, self._rest_until)
+        log.warning("cannot accept: %s; next try in %g s", plain(error), self.REST)
+
+    def _renew_selector(self) -> list[Any]:
+        """Begin with a new selector. Return who is ready in it: nobody."""
+        self._selector: selectors.BaseSelector = selectors.DefaultSelector()
+        self._selector.register(self._wake_receiver, EVENT_READ)
+        self._watching = False
+        for client in list(self._clients):
+            self._watch(client)
+        return []
+
+    def _check_rest(self, client: Client, count: int) -> None:
+        """Look for too long a line, and for a bare LF in the last `count` bytes."""
+        if len(client.inbox) >= self._max_line + len(self._terminator):
+            self._end(client, f"line longer than {self._max_line} bytes")
+        elif not client.warned and client.inbox.find(b"\n", -count) >= 0:
+            client.warned = True
+            hint = "sent LF without CR, which ends no line"
+            log.warning("%s %s: try nc -C (macOS: nc -c), or --lf", client.name, hint)
+
+    # ---- Ending well -----------------------------------------------------------------
+
+    TICK = 0.25  # seconds between two checks of the deadlines
+    MOMENT = 0.5  # seconds that a client has to hang up after EOF
+    LINGER = 5.0  # seconds that the end of a connection may take
+    FIN_WAIT1 = 4  # Linux, include/net/tcp_states.h: EOF is not acknowledged yet
+
+    def _end(self, client: Client, reason: str) -> None:
+        """End a connection from our side: what is owed, then EOF, then time to hang up.
+
+        What still comes is thrown away. Closing over it would make the kernel send a
+        reset, which destroys what is on its way to the client (RFC 1122, 4.2.2.13).
+        """
+        client.ending = client.ending or reason
+        client.ending_since = min(client.ending_since, self._now)
+        self._deadline = min(self._deadline, self._now + self.TICK)
+        if not client.outbox:
+            client.seen = self._now
+            with contextlib.suppress(OSError):  # It has gone. The next read says so.
+                client.sock.shutdown(socket.SHUT_WR)
+
+    def _check_deadlines(self, asked: float) -> None:
+        if asked >= self._rest_until:
+            self._rest_until = inf
+        for client in list(self._clients):
+            if not client.ending and asked - client.seen >= self._idle_timeout:
+                self._end(client, f"idle for {self._idle_timeout:g} s")
+            if client.ending and self._had_time(client, asked):
+                self._close(client, client.ending)
+        pending = self._idle_timeout < inf or any(c.ending for c in self._clients)
+        self._deadline = min(self._rest_until, asked + self.TICK if pending else inf)
+
+    def _had_time(self, client: Client, asked: float) -> bool:
+        silent = asked - client.seen
+        acknowledged = True  # Most systems do not tell. Then its silence must do.
+        with contextlib.suppress(OSError, AttributeError):
+            info = client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+            acknowledged = info[0] != self.FIN_WAIT1
+        if silent >= self.MOMENT and acknowledged and not client.outbox:
+            return True
+        return (
+            silent >= self._idle_timeout or asked - client.ending_since >= self.LINGER
+        )
+
+    def _stop(self) -> None:
+        """Answer those who came before the stop; then end every connection."""
+        for listener in self._listeners:
+            self._accept(listener, self._max_clients)
+            self._forget(listener)
+        self._deadline = self._now  # Do not wait: read what has come until now.
+        self._turn()
+        for client in self._clients:
+            self._end(client, "server stopping")
+        if self._clients:
+            left = f"clients left: {len(self._clients)}, for {self.LINGER:g} s at most"
+            log.info("stopping: %s; a second signal ends it at once, or close()", left)
+        while self._clients and not self._closing:
+            self._turn()
+
+    # ---- Starting and stopping from outside ------------------------------------------
+
+    def _open(self, port: int, hosts: Hosts) -> None:
+        with contextlib.ExitStack() as opened:
+            for sock in (self._wake_receiver, self._wake_sender):
+                opened.enter_context(sock).setblocking(False)
+            self._renew_selector()
+            opened.callback(self._close_all)
+            if isinstance(self._selector, selectors.SelectSelector):
+                self._max_clients = min(self._max_clients, self.SELECT_CLIENTS)
+            self._listeners = listen(port, hosts)
+            self.addresses = [host_and_port(s.getsockname()) for s in self._listeners]
+            self._opened: contextlib.ExitStack[Any] = opened.pop_all()
+
+    def _close_all(self) -> None:
+        self._closing = True
+        for client in list(self._clients):
+            self._close(client, "server closed")
+        for listener in self._listeners:
+            self._forget(listener)
+        self._selector.close()
+
+    def _forget(self, sock: socket.socket) -> None:
+        """Close a socket. Shut down, it ends for a forked child that shares it, too."""
+        with contextlib.suppress(KeyError, ValueError):  # not registered, or closed
+            self._selector.unregister(sock)
+        with contextlib.suppress(OSError), sock:  # It is not connected any more.
+            sock.shutdown(socket.SHUT_RDWR)
+
+    def shutdown(self) -> None:
+        """Make `serve_forever()` return. Any thread or signal handler may call it."""
+        self._stopping = True
+        with contextlib.suppress(OSError):  # It is full of wake-ups, or closed.
+            self._wake_sender.send(b"\0")
+
+    def close(self) -> None:
+        """Close everything at once; if `serve_forever()` runs, make it do so."""
+        self._closing = True
+        self.shutdown()
+        if not self._serving:
+            self._opened.close()
 
     def __enter__(self) -> EchoServer:
         return self
@@ -121,229 +396,204 @@ class EchoServer:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def serve_forever(self) -> None:
-        """Serve until `shutdown()`; then send what is owed, for LINGER seconds at most; close."""
-        while not self.stopping:
-            self._run_once(TICK)
-        self._run_once(0)  # echo what has just come, one read of it
-        for listener in self._listeners:
-            listener.close()  # from now on, connections are refused
-        for client in self._clients:
-            client.ending = client.ending or "server stopping"
-            if not client.outbox:
-                self._linger(client)
-                client.deadline = self._now + TICK  # a read of unread input extends it: see _linger
-        deadline = time.monotonic() + LINGER
-        while self._clients and (left := deadline - time.monotonic()) > 0:
-            self._run_once(min(left, TICK))
-        self.close()
 
-    def shutdown(self) -> None:
-        """Make `serve_forever()` return. Any thread or signal handler may call it, and again."""
-        self.stopping = True
-        with contextlib.suppress(OSError):  # full of wake-ups already, or closed
-            self._wake_sender.send(b"\0")  # ends select: a signal by itself does not (PEP 475)
-
-    def close(self) -> None:
-        """Close everything at once. Calling it again does no harm."""
-        for client in list(self._clients):
-            self._close(client, "server closed")
-        for sock in (*self._listeners, self._wake_receiver, self._wake_sender):
-            sock.close()
-        self._selector.close()
-
-    def _run_once(self, timeout: float) -> None:
-        """Wait until sockets are ready, at most `timeout` seconds, and give each its turn."""
-        self._watch_listeners()
-        ready = self._selector.select(timeout)
-        self._now = time.monotonic()
-        self._deadline = self._now + self._idle_timeout  # of who moves a byte in this turn
-        self._verbose = log.isEnabledFor(logging.DEBUG)  # once a turn, for speed: 2 % a short line
-        for key, _ in ready:  # the mask tells nothing new: each waits for one event only
-            handle, client = key.data  # or what else it handles: a listener, a number of bytes
-            try:
-                handle(client)
-            except BlockingIOError:
-                pass  # nothing to read, or no room, after all: readiness is only a hint
-            except (OSError, EOFError, MemoryError) as reason:
-                self._close(client, reason)
-        if self._now >= self._next_check:
-            self._next_check = self._now + TICK
-            for client in [client for client in self._clients if client.deadline <= self._now]:
-                self._close(client, f"idle for {self._idle_timeout:g} s")
-
-    def _watch_listeners(self) -> bool:
-        """Watch them while there is room; else the kernel queues who comes. Return which it is."""
-        room = len(self._clients) < self._max_clients
-        accepting = room and not self.stopping and time.monotonic() >= self._rest_until
-        if accepting != self._watching:
-            self._watching = accepting
-            for listener in self._listeners:
-                if accepting:
-                    self._selector.register(listener, EVENT_READ, (self._accept, listener))
-                else:
-                    self._selector.unregister(listener)
-        return accepting
-
-    def _accept(self, listener: socket.socket) -> None:
-        if not self._watch_listeners():
-            return  # another listener, earlier in this turn, has taken the last place or failed
-        try:
-            sock, address = listener.accept()
-        except (BlockingIOError, ConnectionError):
-            return  # the client has hung up already
-        except (OSError, MemoryError) as error:  # EMFILE, ...: it would be ready again at once
-            self._rest_until = time.monotonic() + REST
-            log.warning("cannot accept: %s; next try in %g s", str(error) or "out of memory", REST)
-            return
-        client = Client(sock, endpoint(address or ("?", 0)), self._deadline)  # macOS: none if gone
-        self._clients.add(client)
-        log.info("%s connected", client.name)
-        try:
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # do not delay short lines
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # find who has vanished
-            self._selector.register(sock, EVENT_READ, (self._receive, client))
-        except (OSError, MemoryError) as reason:
-            self._close(client, reason)
-
-    def _receive(self, client: Client) -> None:
-        """Read once, and try at once to send the lines that are complete: mostly it all goes."""
-        count = client.sock.recv_into(self._buffer)
-        if not count:
-            raise EOFError("closed by client")
-        client.received += count
-        if client.ending:
-            self._linger(client)
-            return
-        client.deadline = self._deadline
-        lines = self._view[:count]
-        whole = count <= self._max_line and self._buffer.endswith(self._terminator, 0, count)
-        if not whole or client.inbox:  # for speed alone, up to 13 %: whole lines need no copy
-            lines = client.feed(lines, self._terminator, self._max_line)
-            count = len(lines)
-        if self._verbose:
-            self._show(client, lines)
-        try:
-            sent = client.sock.send(lines) if count else 0
-        except BlockingIOError:
-            sent = 0
-        client.sent += sent
-        if sent < count:  # the rest is owed: read nothing more until it has gone
-            client.outbox += lines[sent:]
-            self._selector.modify(client.sock, EVENT_WRITE, (self._flush, client))
-        elif client.ending:
-            self._linger(client)
-
-    def _flush(self, client: Client) -> None:
-        """Send once of what is owed; when all of it has gone, wait for input again."""
-        sent = client.sock.send(client.outbox)  # maybe a part: as much as the kernel has room for
-        client.sent += sent
-        client.deadline = self._deadline
-        del client.outbox[:sent]
-        if not client.outbox:  # no more waiting for room: most sockets have some, always ready
-            self._selector.modify(client.sock, EVENT_READ, (self._receive, client))
-            if client.ending:
-                self._linger(client)
-
-    def _show(self, client: Client, lines: memoryview) -> None:
-        *shown, more = bytes(lines).split(self._terminator, SHOWN)
-        for line in shown:
-            log.debug("%s %r%s", client.name, line[:SHOWN], "..." if line[SHOWN:] else "")
-        if more:
-            log.debug("%s and more lines: %d", client.name, more.count(self._terminator))
-
-    def _linger(self, client: Client) -> None:
-        """Send EOF and read on, to throw away: closing over unread input makes the kernel send a
-        reset (RFC 1122, 4.2.2.13), which destroys what is still on its way to the client."""
-        latest = self._now + LINGER  # from each read when stopping, else from the first
-        client.deadline = latest if self.stopping else min(client.deadline, latest)
-        with contextlib.suppress(OSError):  # it is gone already; the next read says so
-            client.sock.shutdown(socket.SHUT_WR)
-
-    def _close(self, client: Client, reason: object) -> None:
-        with contextlib.suppress(KeyError):  # it was never registered
-            self._selector.unregister(client.sock)  # first: close() frees its number for another
-        client.sock.close()
-        self._clients.discard(client)
-        log.info("%s disconnected: %s, %d bytes echoed, %d dropped", client.name,
-                 client.ending or str(reason) or "out of memory",  # a MemoryError says nothing
-                 client.sent, client.received - client.sent)  # fmt: skip
+def check_range(port: int, *others: float) -> None:
+    """Raise ValueError, with name and value, for an argument that is out of range."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port must be 0 to 65535, not {port}")
+    for name, value in zip(("max_line", "max_clients", "idle_timeout"), others):
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, not {value}")
 
 
-def listen(port: int, hosts: Sequence[str], tries: int = 10) -> list[socket.socket]:
-    """Listen on each host, all on one port; 0 means one that is free on all. Raises OSError."""
+# ---- Addresses -----------------------------------------------------------------------
+
+LOOPBACKS = [(socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_INET6, ("::1", 0, 0, 0))]
+NO_IPV6 = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+BACKLOG = 4096  # connections that the kernel may queue; it has a limit of its own, too
+OPTIONS = (  # Accepted sockets inherit them. Not every system knows them all.
+    (socket.SOL_SOCKET, "SO_OOBINLINE", 1),  # an urgent byte is a byte like any other
+    (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # short lines go out at once
+    (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", 1 << 17),  # bytes the kernel may put off
+    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),  # ask if a silent client is still there
+    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 300),  # after so many seconds,
+    (socket.IPPROTO_TCP, "TCP_KEEPALIVE", 300),  # as macOS calls it,
+    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 75),  # again after so many more,
+    (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),  # and so often before it is taken for gone
+)
+
+
+def host_and_port(address: Any) -> tuple[str, int]:
+    """Return both; the host keeps its scope, as in fe80::1%eth0."""
+    host, port, *scope = address or ("?", 0)  # On macOS it may be gone: no address.
+    if any(scope):
+        with contextlib.suppress(OSError):  # The interface has gone.
+            host = socket.getnameinfo(address, socket.NI_NUMERICHOST)[0]
+    return host, port
+
+
+def endpoint(host: str, port: int) -> str:
+    """Return an address as people write it: 127.0.0.1:12321 or [::1]:12321."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def look_up(host: str, port: int) -> list[tuple[int, Any]]:
+    """Return (family, address) for each of a name. Raises OSError, ValueError."""
+    try:
+        if not host:
+            raise UnicodeError  # To listen everywhere is nothing to fall into.
+        found: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError:
+        raise ValueError(f"hosts (-b) must not be {host!r}") from None
+    except OSError as error:
+        raise cannot_listen(host, port, error) from None
+    return list(dict.fromkeys((family, address) for family, *_, address in found))
+
+
+def cannot_listen(host: str, port: int, error: OSError) -> OSError:
+    """Return the error with a text that names the address."""
+    reason = plain(error).partition(" (while ")[0]  # what create_server() has to add
+    return OSError(error.errno, f"cannot listen on {endpoint(host, port)}: {reason}")
+
+
+def listen(port: int, hosts: Hosts, tries: int = 10) -> list[socket.socket]:
+    """Listen on every address of every host, on one port. Raises like look_up()."""
+    names = [hosts] if isinstance(hosts, str) else list(hosts or ()) or [""]
+    groups: Any = [LOOPBACKS] if hosts is None else [look_up(n, port) for n in names]
     listeners: list[socket.socket] = []
-    for host in hosts:
-        bound = listeners[0].getsockname()[1] if listeners else port
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            listeners.append(socket.create_server((host, bound), family=family, backlog=BACKLOG))
-        except OSError as error:
-            no_ipv6 = host == "::1" and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-            if no_ipv6 and hosts is LOOPBACKS:
-                continue  # a machine without IPv6, and nobody asked for it
-            for listener in listeners:
-                listener.close()
-            if error.errno == errno.EADDRINUSE and port == 0 and tries:  # free on one, not on all
-                return listen(port, hosts, tries - 1)
-            text = f"cannot listen on {endpoint((host, bound))}: {error.strerror}"
-            raise OSError(error.errno, text.partition(" (while ")[0]) from None
-        listeners[-1].setblocking(False)
+    with contextlib.ExitStack() as opened:
+        for group, (family, (host, _, *scope)) in [(g, a) for g in groups for a in g]:
+            bound = listeners[0].getsockname()[1] if listeners else port
+            where = (host, bound, *scope)
+            try:
+                sock = socket.create_server(where, family=family, backlog=BACKLOG)
+            except OSError as error:
+                no_ipv6 = family == socket.AF_INET6 and error.errno in NO_IPV6
+                if no_ipv6 and socket.AF_INET in dict(group):
+                    continue  # The IPv4 address of the same name must do.
+                if port == 0 and error.errno == errno.EADDRINUSE and tries:
+                    opened.close()  # The port is free on one address, but not on all.
+                    return listen(port, hosts, tries - 1)
+                raise cannot_listen(host, bound, error) from None
+            listeners.append(opened.enter_context(sock))
+            sock.setblocking(False)
+            for level, option, value in OPTIONS:
+                with contextlib.suppress(AttributeError, OSError):  # not known here
+                    sock.setsockopt(level, getattr(socket, option), value)
+        opened.pop_all()
     return listeners
 
 
+# ---- The log -------------------------------------------------------------------------
+
+
+def plain(error: BaseException) -> str:
+    """Return the reason alone: Connection reset by peer, without [Errno 104]."""
+    return getattr(error, "strerror", None) or str(error) or "out of memory"
+
+
+def log_lines(name: str, lines: list[bytes], most: int = 80, width: int = 80) -> None:
+    """Log the first lines of a read, each escaped and cut short."""
+    for line in lines[:most]:
+        log.debug("%s %r%s", name, line[:width], "..." if len(line) > width else "")
+    if len(lines) > most:
+        log.debug("%s and more lines: %d", name, len(lines) - most)
+
+
 class LogHandler(logging.Handler):
-    """Writes the log to stdout. Drops a line rather than let its slow reader stop the loop."""
+    """Writes the log to stdout. Drops a line for which there is no room at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A terminal may stop (Ctrl-S), and is not ours alone to make non-blocking.
+        with contextlib.suppress(OSError, AttributeError, ValueError):  # no terminal
+            stdout = sys.stdout.fileno()
+            tty = os.open(os.ttyname(stdout), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            os.dup2(tty, stdout)
+            os.close(tty)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write if stdout has room: in a pipe for PIPE_BUF bytes (POSIX: 512), more than a line."""
+        """Write a line of ASCII, if it can be written."""
         line = self.format(record).encode("ascii", "backslashreplace") + b"\n"
-        with contextlib.suppress(OSError):  # nobody reads it any more, or the disk is full
-            if os.name == "nt" or select.select([], [sys.stdout], [], 0)[1]:  # Windows may wait
-                os.write(sys.stdout.fileno(), line)
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            stdout = sys.stdout.fileno()
+            # A pipe with room takes 512 bytes (POSIX): more than a line. Windows waits.
+            if os.name == "nt" or select.select([], [stdout], [], 0)[1]:
+                os.write(stdout, line)
 
 
-def main() -> None:
-    """Run the command line: serve until SIGINT or SIGTERM; a second signal ends it at once."""
-    parser = argparse.ArgumentParser(description="Echo complete lines to many TCP clients at once.")
-    add = parser.add_argument
-    add("port", nargs="?", type=int, default=PORT, help="0 takes a free one (default: %(default)s)")
-    add("--version", action="version", version=f"%(prog)s {__version__}")
-    add("-b", "--bind", metavar="ADDRESS", action="append", help="default: both loopbacks")
-    add("--lf", action="store_true", help="lines end with LF alone, not with CR LF")
-    add("--max-line", metavar="BYTES", type=int, default=MAX_LINE, help="default: %(default)s")
-    add("--max-clients", metavar="N", type=int, default=MAX_CLIENTS, help="default: %(default)s")
-    add("--idle-timeout", metavar="SECONDS", type=float, default="inf", help="default: never")
+# ---- The command line ----------------------------------------------------------------
+
+SECOND_SIGNAL = 1.0  # seconds; what comes sooner is the first one, sent on by a wrapper
+
+
+def parse_arguments() -> tuple[argparse.ArgumentParser, dict[str, Any]]:
+    """Return the parser, which can report errors, and the options that were given."""
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    parser.description = "Echo lines to TCP clients, by default on both loopbacks."
+    parser.add_argument("port", nargs="?", type=int, default=12321, help="0 is any")
+    parser.add_argument(
+        "-b", "--bind", dest="hosts", action="append", metavar="ADDRESS"
+    )
+    parser.add_argument("--lf", action="store_true", help="lines end with LF alone")
+    parser.add_argument("--max-line", type=int, metavar="BYTES", help="default: 1 MiB")
+    parser.add_argument("--max-clients", type=int, metavar="N", help="default: 1000")
+    parser.add_argument("--idle-timeout", type=float, metavar="SECONDS", help="or none")
+    parser.add_argument("--version", action="version", version=f"echo.py {__version__}")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("-q", action="store_true", help="log warnings only")
     either.add_argument("-v", action="store_true", help="log each echoed line, too")
-    args = parser.parse_args()
-    try:
-        server = EchoServer(args.port, args.bind or LOOPBACKS, lf=args.lf, max_line=args.max_line,
-                            max_clients=args.max_clients, idle_timeout=args.idle_timeout)
-    except (ValueError, TypeError) as error:  # TypeError: a name that cannot be encoded
-        parser.error(str(error))
-    except OSError as error:
-        sys.exit(f"{parser.prog}: {error.strerror}")
+    return parser, vars(parser.parse_args())
+
+
+def raise_descriptor_limit(clients: int) -> None:
+    """Let this process have the descriptors that so many clients need, or warn."""
+    with contextlib.suppress(ImportError, ValueError):  # not on Windows
+        import resource
+
+        needed = clients + 32  # for listeners, the selector, and what was inherited
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(needed, hard)), hard))
+        if hard < needed:
+            log.warning("too few descriptors for %d clients: see ulimit -n", clients)
+
+
+def main() -> None:
+    """Serve until a signal comes, as the command line says."""
+    wanted = ("SIGINT", "SIGTERM", "SIGBREAK")  # Windows: Ctrl-Break, a closed console
+    stop_signals = [number for number in signal.Signals if number.name in wanted]
+    server, first = None, inf
 
     def _stop(*_: object) -> None:
-        if server.stopping:
-            os._exit(0)  # the second signal: what is owed is lost
-        server.shutdown()
+        nonlocal first
+        if not server:
+            sys.exit()  # Looking up a name may take long.
+        first = min(first, time.monotonic())
+        late = time.monotonic() - first >= SECOND_SIGNAL
+        server.close() if late else server.shutdown()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals:
         signal.signal(number, _stop)
-    with contextlib.suppress(OSError, AttributeError):  # reopen a terminal: its flags are shared
-        os.dup2(os.open(os.ttyname(1), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY), 1)
-    with server:
-        log.addHandler(LogHandler() if sys.stdout else logging.NullHandler())
-        log.setLevel(logging.DEBUG if args.v else logging.WARNING if args.q else logging.INFO)
-        for address in server.addresses:
-            log.log(log.level, "listening on %s", endpoint(address))  # also with -q
-        server.serve_forever()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # Python's exit would make a late one deadly
+    parser, options = parse_arguments()
+    quiet, verbose = options.pop("q", False), options.pop("v", False)
+    try:
+        server = EchoServer(**options)
+    except ValueError as error:
+        parser.error(str(error).replace("max_", "--max-").replace("idle_", "--idle-"))
+    except (OSError, MemoryError) as error:
+        sys.exit(f"{parser.prog}: {plain(error)}")
+    # By itself a signal ends no wait that begins just then, and none on Windows.
+    signal.set_wakeup_fd(server._wake_sender.fileno(), warn_on_full_buffer=False)
+    server._opened.callback(signal.set_wakeup_fd, -1)
+    log.addHandler(LogHandler())
+    log.setLevel(logging.INFO)
+    for address in server.addresses:
+        log.info("listening on %s", endpoint(*address))
+    raise_descriptor_limit(server._max_clients)
+    log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else log.level)
+    server.serve_forever()
+    for number in stop_signals:
+        signal.signal(number, signal.SIG_IGN)  # At exit, a late one would be deadly.
 
 
 if __name__ == "__main__":
