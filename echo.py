@@ -12,11 +12,11 @@ A line ends with CR LF. It comes back byte for byte as soon as it is complete. N
 delays another, be it in the middle of a line or not reading at all. Memory per client
 is bounded, and an error ends one connection alone.
 
-A selector waits until sockets are ready: a recv from a ready socket, or a send to it,
-does not block. One loop gives each ready client a short turn. Between two turns, a
-client is two buffers: the inbox holds the part of a line that has come so far, the
-outbox holds the bytes that the client is owed. While it is owed bytes, the loop waits
-to write to it and reads nothing from it. TCP then makes that client wait, and no other.
+A selector waits until a socket has bytes to recv, or room to send. No call on a socket
+waits: send takes what there is room for. One loop lets each ready client make a step.
+Between two steps, a client is two buffers: the inbox holds the part of a line that has
+come so far, the outbox the bytes that it is owed. While it is owed bytes, the loop
+waits to write to it and reads nothing from it: TCP then makes it wait, and nobody else.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def take_lines(
     end = 0
     # Optimization: no LF, no end of a line; and one byte is found much faster than two.
     if inbox.find(b"\n", searched) >= 0:
-        # A terminator within one limit's reach of the end of a line ends a line that is
-        # not too long. So the last one within reach ends all the lines up to it.
+        # A line from `end` on is not too long if it ends within reach. So all lines up
+        # to the last terminator within reach are short enough. Go on from there.
         reach = max_line + len(terminator)
         while (at := inbox.rfind(terminator, max(searched, end), end + reach)) >= 0:
             end = at + len(terminator)
@@ -112,23 +112,24 @@ class EchoServer:
         self._clients: set[Client] = set()
         self._buffer = memoryview(bytearray(RECEIVE_SIZE))  # used anew for each read
         self._listeners: list[socket.socket] = []
-        self._watching = False  # whether the selector watches the listeners
+        self._accepting = False  # whether the selector watches the listeners
         self._now = time.monotonic()  # the time of this turn
-        self._deadline = 0.0  # when to check the deadlines; inf: there are none
-        self._rest_until = inf  # when to accept again after a shortage; inf: now
+        self._deadline = 0.0  # of the next _check_deadlines(); inf: none is needed
+        self._rest_until = inf  # when to accept again after a shortage; inf: no rest
         self._stopping = False  # set by shutdown()
         self._closing = False  # set by close()
         self._serving = False  # whether serve_forever() will close everything
+        self._selector: selectors.BaseSelector = selectors.DefaultSelector()
         self._wake_receiver, self._wake_sender = socket.socketpair()  # see shutdown()
-        self._open(port, hosts)  # listeners, and a selector to watch sockets with
+        self._open(port, hosts)  # the listeners; watches the waker
 
     def serve_forever(self) -> None:
-        """Serve until `shutdown()`; then answer those who came before it, and close."""
+        """Serve until `shutdown()`; then end every connection, and close everything."""
         self._serving = True
         with self._opened:
             while not self._stopping:
-                if self._can_accept() != self._watching:
-                    self._toggle_listeners()
+                if self._can_accept() != self._accepting:
+                    self._toggle_accepting()
                 self._turn()
             if not self._closing:
                 self._stop()
@@ -144,14 +145,14 @@ class EchoServer:
         self._now = time.monotonic()
         self._verbose = log.isEnabledFor(logging.DEBUG)
         for key, _ in ready:
-            if key.data:
+            if key.data:  # a client: listeners and the waker have no data
                 self._serve(key.data)
             elif key.fileobj is self._wake_receiver:
                 with contextlib.suppress(OSError):
                     self._wake_receiver.recv(4096)
-            else:  # As many newcomers as are ready: neither makes the other wait.
+            else:  # A flood of newcomers must not delay those who are ready.
                 self._accept(key.fileobj, len(ready))
-        if asked >= self._deadline:  # Not self._now: look first, and judge then.
+        if asked >= self._deadline:  # What came until then has been read.
             self._check_deadlines(asked)
 
     def _accept(self, listener: socket.socket, most: int) -> None:
@@ -160,13 +161,13 @@ class EchoServer:
             most -= 1
             try:
                 sock, address = listener.accept()
+                client = Client(sock, endpoint(*host_and_port(address)), self._now)
             except BlockingIOError:
                 return  # The queue is empty.
             except (OSError, MemoryError) as error:
                 if isinstance(error, MemoryError) or error.errno in self.SHORTAGES:
                     self._rest(error)  # Any other error has ended that connection only.
             else:
-                client = Client(sock, endpoint(*host_and_port(address)), self._now)
                 self._clients.add(client)
                 log.info("%s connected", client.name)
                 self._watch(client)
@@ -194,7 +195,7 @@ class EchoServer:
     def _receive(self, client: Client) -> None:
         """Read once, and send the lines that are now complete."""
         count = client.sock.recv_into(self._buffer)
-        if not count:  # Nothing is owed to a client that is read from: all is sent.
+        if not count:  # EOF. All has been sent: who is owed bytes is not read from.
             where = " in mid-line" if client.inbox else ""
             self._close(client, f"closed by client{where}")
             return
@@ -210,12 +211,12 @@ class EchoServer:
             if self._verbose:
                 log_lines(client.name, bytes(lines).split(self._terminator)[:-1])
         if client.inbox:
-            self._check_rest(client, count)
+            self._check_inbox(client, count)
 
     def _send(self, client: Client, data: Bytes) -> None:
-        """Send once: new lines or what is owed. Owe what the kernel has no room for."""
+        """Send once: new lines, or the outbox. The outbox keeps what did not fit."""
         owed = bool(client.outbox)
-        # New lines do not wait until the socket is ready for them: mostly it is.
+        # New lines are tried at once. Mostly there is room: no need to wait for it.
         try:
             sent = client.sock.send(data)
         except BlockingIOError:
@@ -231,10 +232,10 @@ class EchoServer:
             event = EVENT_WRITE if client.outbox else EVENT_READ
             self._selector.modify(client.sock, event, client)
             if client.ending:
-                self._end(client, client.ending)
+                self._end(client, client.ending)  # All is sent: now EOF can follow.
 
     def _close(self, client: Client, reason: str) -> None:
-        self._forget(client.sock)
+        self._close_socket(client.sock)
         self._clients.discard(client)
         counts = f"{client.sent} bytes echoed, {client.received - client.sent} dropped"
         log.info(
@@ -250,12 +251,12 @@ class EchoServer:
     def _can_accept(self) -> bool:
         return len(self._clients) < self._max_clients and self._rest_until == inf
 
-    def _toggle_listeners(self) -> None:
+    def _toggle_accepting(self) -> None:
         """Watch the listeners, or no longer: then the kernel queues who comes."""
-        self._watching = not self._watching
+        self._accepting = not self._accepting
         try:
             for listener in self._listeners:
-                if self._watching:
+                if self._accepting:
                     self._selector.register(listener, EVENT_READ)
                 else:
                     with contextlib.suppress(KeyError):  # It could not be registered.
@@ -272,15 +273,16 @@ class EchoServer:
         log.warning("cannot accept: %s; next try in %g s", plain(error), self.REST)
 
     def _renew_selector(self) -> list[Any]:
-        """Begin with a new selector. Return who is ready in it: nobody."""
-        self._selector: selectors.BaseSelector = selectors.DefaultSelector()
+        """Replace a selector that has failed. Nobody is ready in the new one yet."""
+        self._selector.close()  # first: descriptors may be short
+        self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_receiver, EVENT_READ)
-        self._watching = False
+        self._accepting = False
         for client in list(self._clients):
             self._watch(client)
         return []
 
-    def _check_rest(self, client: Client, count: int) -> None:
+    def _check_inbox(self, client: Client, count: int) -> None:
         """Look for too long a line, and for a bare LF in the last `count` bytes."""
         if len(client.inbox) >= self._max_line + len(self._terminator):
             self._end(client, f"line longer than {self._max_line} bytes")
@@ -299,7 +301,7 @@ class EchoServer:
     def _end(self, client: Client, reason: str) -> None:
         """End a connection from our side: what is owed, then EOF, then time to hang up.
 
-        What still comes is thrown away. Closing over it would make the kernel send a
+        What still comes is read and thrown away. Unread, it would make close() send a
         reset, which destroys what is on its way to the client (RFC 1122, 4.2.2.13).
         """
         client.ending = client.ending or reason
@@ -322,23 +324,20 @@ class EchoServer:
         self._deadline = min(self._rest_until, asked + self.TICK if pending else inf)
 
     def _had_time(self, client: Client, asked: float) -> bool:
-        silent = asked - client.seen
-        acknowledged = True  # Most systems do not tell. Then its silence must do.
+        silent, ending = asked - client.seen, asked - client.ending_since
+        acknowledged = True  # if the system cannot tell: then silence must do
         with contextlib.suppress(OSError, AttributeError):
             info = client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
             acknowledged = info[0] != self.FIN_WAIT1
-        if silent >= self.MOMENT and acknowledged and not client.outbox:
-            return True
-        return (
-            silent >= self._idle_timeout or asked - client.ending_since >= self.LINGER
-        )
+        late = ending >= self.LINGER or silent >= self._idle_timeout
+        return late or (silent >= self.MOMENT and acknowledged and not client.outbox)
 
     def _stop(self) -> None:
-        """Answer those who came before the stop; then end every connection."""
+        """Take in those who wait, read once more from each, end every connection."""
         for listener in self._listeners:
             self._accept(listener, self._max_clients)
-            self._forget(listener)
-        self._deadline = self._now  # Do not wait: read what has come until now.
+            self._close_socket(listener)
+        self._deadline = self._now  # so that this turn does not wait
         self._turn()
         for client in self._clients:
             self._end(client, "server stopping")
@@ -367,11 +366,11 @@ class EchoServer:
         for client in list(self._clients):
             self._close(client, "server closed")
         for listener in self._listeners:
-            self._forget(listener)
+            self._close_socket(listener)
         self._selector.close()
 
-    def _forget(self, sock: socket.socket) -> None:
-        """Close a socket. Shut down, it ends for a forked child that shares it, too."""
+    def _close_socket(self, sock: socket.socket) -> None:
+        """Shut down and close a socket: a forked child's copy of it ends as well."""
         with contextlib.suppress(KeyError, ValueError):  # not registered, or closed
             self._selector.unregister(sock)
         with contextlib.suppress(OSError), sock:  # It is not connected any more.
@@ -409,17 +408,18 @@ def check_range(port: int, *others: float) -> None:
 # ---- Addresses -----------------------------------------------------------------------
 
 LOOPBACKS = [(socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_INET6, ("::1", 0, 0, 0))]
+NUMERIC = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV  # nothing is looked up
 NO_IPV6 = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 BACKLOG = 4096  # connections that the kernel may queue; it has a limit of its own, too
 OPTIONS = (  # Accepted sockets inherit them. Not every system knows them all.
     (socket.SOL_SOCKET, "SO_OOBINLINE", 1),  # an urgent byte is a byte like any other
     (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # short lines go out at once
-    (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", 1 << 17),  # bytes the kernel may put off
-    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),  # ask if a silent client is still there
-    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 300),  # after so many seconds,
-    (socket.IPPROTO_TCP, "TCP_KEEPALIVE", 300),  # as macOS calls it,
-    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 75),  # again after so many more,
-    (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),  # and so often before it is taken for gone
+    (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", 1 << 17),  # bytes that wait unsent
+    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),  # probe a silent client
+    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 300),  # seconds until the first probe
+    (socket.IPPROTO_TCP, "TCP_KEEPALIVE", 300),  # its name on macOS
+    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 75),  # seconds between probes
+    (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),  # unanswered probes, then it counts as gone
 )
 
 
@@ -428,7 +428,7 @@ def host_and_port(address: Any) -> tuple[str, int]:
     host, port, *scope = address or ("?", 0)  # On macOS it may be gone: no address.
     if any(scope):
         with contextlib.suppress(OSError):  # The interface has gone.
-            host = socket.getnameinfo(address, socket.NI_NUMERICHOST)[0]
+            host = socket.getnameinfo(address, NUMERIC)[0]
     return host, port
 
 
@@ -441,7 +441,7 @@ def look_up(host: str, port: int) -> list[tuple[int, Any]]:
     """Return (family, address) for each of a name. Raises OSError, ValueError."""
     try:
         if not host:
-            raise UnicodeError  # To listen everywhere is nothing to fall into.
+            raise UnicodeError  # It would stand for every address, by accident.
         found: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except UnicodeError:
         raise ValueError(f"hosts (-b) must not be {host!r}") from None
@@ -524,7 +524,7 @@ class LogHandler(logging.Handler):
 
 # ---- The command line ----------------------------------------------------------------
 
-SECOND_SIGNAL = 1.0  # seconds; what comes sooner is the first one, sent on by a wrapper
+SECOND_SIGNAL = 1.0  # seconds; until then, a wrapper may pass on the first one again
 
 
 def parse_arguments() -> tuple[argparse.ArgumentParser, dict[str, Any]]:
@@ -564,7 +564,7 @@ def main() -> None:
     stop_signals = [number for number in signal.Signals if number.name in wanted]
     server, first = None, inf
 
-    def _stop(*_: object) -> None:
+    def _on_signal(*_: object) -> None:
         nonlocal first
         if not server:
             sys.exit()  # Looking up a name may take long.
@@ -573,7 +573,7 @@ def main() -> None:
         server.close() if late else server.shutdown()
 
     for number in stop_signals:
-        signal.signal(number, _stop)
+        signal.signal(number, _on_signal)
     parser, options = parse_arguments()
     quiet, verbose = options.pop("q", False), options.pop("v", False)
     try:
@@ -582,7 +582,7 @@ def main() -> None:
         parser.error(str(error).replace("max_", "--max-").replace("idle_", "--idle-"))
     except (OSError, MemoryError) as error:
         sys.exit(f"{parser.prog}: {plain(error)}")
-    # By itself a signal ends no wait that begins just then, and none on Windows.
+    # A signal just before a wait would not end it; on Windows, no signal does.
     signal.set_wakeup_fd(server._wake_sender.fileno(), warn_on_full_buffer=False)
     server._opened.callback(signal.set_wakeup_fd, -1)
     log.addHandler(LogHandler())
@@ -593,7 +593,7 @@ def main() -> None:
     log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else log.level)
     server.serve_forever()
     for number in stop_signals:
-        signal.signal(number, signal.SIG_IGN)  # At exit, a late one would be deadly.
+        signal.signal(number, signal.SIG_IGN)  # A late one would kill Python's exit.
 
 
 if __name__ == "__main__":

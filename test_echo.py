@@ -1,8 +1,7 @@
 """What echo.py promises, as a specification that runs.
 
-Part one says what is promised, over real sockets, in the order of the README. Part two
-lets a simulated kernel answer in every way it may. Part three is about the command line,
-the log and the module.
+Part one says what is promised, over real sockets. In part two, a simulated kernel answers
+in every way it may. Part three is about the command line, the log and the module.
 """
 
 import contextlib
