@@ -1,7 +1,7 @@
 """What echo.py promises, as a specification that runs.
 
-Part one says what is promised, over real sockets. In part two, a simulated kernel answers
-in every way it may. Part three is about the command line, the log and the module.
+Part one says what is promised, over real sockets. In part two, a simulated kernel
+answers in every way it may. Part three is the command line, the log and the module.
 """
 
 import contextlib
@@ -56,8 +56,8 @@ needs_127_0_0_2 = pytest.mark.skipif(
 needs_signals = pytest.mark.skipif(
     os.name == "nt", reason="a signal from outside ends a Windows process hard"
 )
-needs_proc = pytest.mark.skipif(
-    not os.path.exists("/proc/self/status"), reason="only Linux tells in /proc"
+needs_linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells, in /proc or by TCP_INFO"
 )
 
 
@@ -154,9 +154,16 @@ def start(caplog):
 class Script:
     """echo.py as a process; `addresses` are those of its ready lines."""
 
-    def __init__(self, *arguments, ready=READY_LINES, prefix=(), **options):
+    def __init__(
+        self,
+        *arguments,
+        ready=READY_LINES,
+        prefix=(),
+        python=(sys.executable,),
+        **options,
+    ):
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        command = [*prefix, sys.executable, SCRIPT, *arguments]
+        command = [*prefix, *python, SCRIPT, *arguments]
         self.process = subprocess.Popen(command, env=BUFFERED, **options)
         lines = [self.line() for _ in range(ready)]
         found = [
@@ -374,7 +381,7 @@ def switches(pid):
         )
 
 
-@needs_proc
+@needs_linux
 def test_waiting_costs_no_system_call_and_no_cpu(run):
     script = run("0")
     address = script.addresses[0]
@@ -403,11 +410,12 @@ def test_a_reset_ends_that_client_alone(start, state, caplog):
         if state == "owed":
             flood(victim)
         reset(victim)
-        eventually(lambda: any("disconnected" in text for text in caplog.messages))
+        if state != "new":  # A new one may be gone before it is accepted.
+            eventually(lambda: any("disconnected" in text for text in caplog.messages))
         assert ask(other)
-    if os.name != "nt":
-        (text,) = [t for t in caplog.messages if " disconnected: Connection reset" in t]
-        assert "Errno" not in text
+    if state != "new" and os.name != "nt":
+        reason = os.strerror(errno.ECONNRESET)
+        assert f" disconnected: {reason}, " in " ".join(caplog.messages)
 
 
 @pytest.mark.parametrize(
@@ -496,7 +504,7 @@ def open_descriptors():
     return len(os.listdir("/proc/self/fd"))
 
 
-@needs_proc
+@needs_linux
 def test_clients_that_come_and_go_leave_nothing_behind(start):
     server = start()
     with connect(server) as last:
@@ -613,25 +621,6 @@ def test_client_n_plus_one_waits_and_is_served_when_one_leaves(start, caplog):
         assert sum("connected" in text.split()[1] for text in caplog.messages) == 2
         first.close()
         assert read(third, 7) == b"hello\r\n"
-
-
-@needs_127_0_0_2
-def test_the_last_place_is_given_once_when_two_come_in_one_turn(start, caplog):
-    server = start(["127.0.0.1", "127.0.0.2"], max_clients=1)
-    with connect(server.addresses[0]) as one, connect(server.addresses[1]) as other:
-        one.sendall(b"a\r\n")
-        other.sendall(b"a\r\n")
-        ready = eventually_readable(one, other)
-        assert len(ready) == 1
-        ready[0].close()
-        assert read(other if ready[0] is one else one, 3) == b"a\r\n"
-
-
-def eventually_readable(*socks):
-    with selectors.DefaultSelector() as selector:
-        for sock in socks:
-            selector.register(sock, selectors.EVENT_READ)
-        return [key.fileobj for key, _ in selector.select(PATIENCE)]
 
 
 def test_select_is_not_given_more_sockets_than_it_can_watch(start, monkeypatch):
@@ -760,7 +749,8 @@ def test_stopping_waits_no_longer_than_promised_and_says_so(start, monkeypatch, 
     assert "clients left: 1, for 0.6 s at most; a second signal ends it" in notice
 
 
-def test_what_a_client_sends_after_the_stop_costs_it_nothing(start):
+@needs_linux
+def test_what_a_client_sends_after_the_stop_costs_it_nothing(start, caplog):
     server = start()
     with connect(server) as client:
         client.sendall(LINE * 300)
@@ -769,7 +759,9 @@ def test_what_a_client_sends_after_the_stop_costs_it_nothing(start):
         client.sendall(b"late\r\n")
         time.sleep(0.8)  # longer than a silent client is given
         client.sendall(b"later\r\n")
-        assert len(read_all(client)) >= len(LINE) * 128
+        got = len(LINE) + len(read_all(client))
+    server.thread.join(PATIENCE)
+    assert f": server stopping, {got} bytes echoed, " in caplog.messages[-1]
 
 
 def test_one_that_is_ended_has_a_moment_to_hang_up_and_is_then_gone(start):
@@ -843,7 +835,8 @@ def end(*arguments, **options):
     """Run the script, which is to end by itself; return status, stdout and stderr."""
     options = {"capture_output": True, "timeout": PATIENCE, "env": BUFFERED, **options}
     done = subprocess.run([sys.executable, SCRIPT, *arguments], **options)
-    return done.returncode, done.stdout.decode(), done.stderr.decode().replace("\r", "")
+    out, err = (text.decode().replace("\r", "") for text in (done.stdout, done.stderr))
+    return done.returncode, out, err
 
 
 @needs_signals
@@ -932,17 +925,6 @@ def test_an_address_in_use_is_named_with_status_1_and_nothing_is_left_open():
             echo.EchoServer(int(port), ["127.0.0.1", "127.0.0.2"])
         socket.create_server(("127.0.0.1", int(port))).close()
     assert kept
-
-
-def test_a_start_without_memory_or_descriptors_is_explained_and_leaves_nothing(
-    monkeypatch,
-):
-    def fail_to_select():
-        raise OSError(errno.EMFILE, "too many")
-
-    monkeypatch.setattr(selectors, "DefaultSelector", fail_to_select)
-    with pytest.raises(OSError, match="too many"):
-        echo.EchoServer(0)
 
 
 @pytest.mark.parametrize(
@@ -1170,7 +1152,7 @@ def test_a_terminal_that_nobody_reads_stops_nobody_and_stays_as_it_was(run):
         os.close(stdout)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@needs_linux
 @pytest.mark.parametrize("how", [">/dev/full", ">&-", "2>&-", ">&- 2>&- <&-"])
 def test_without_a_usable_stdout_it_serves_on_and_the_log_goes_nowhere(run, how):
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -1270,27 +1252,12 @@ def test_what_is_out_of_range_is_refused_by_name(options, message):
         echo.EchoServer(**{"port": 0, **options})
 
 
-def test_the_least_and_the_largest_numbers_are_taken():
-    echo.EchoServer(0, max_line=1, max_clients=1, idle_timeout=1e-9).close()
-    with contextlib.suppress(OSError):  # if that port is taken
-        echo.EchoServer(65535, ["127.0.0.1"]).close()
-
-
 @needs_signals
 def test_no_resource_is_left_to_the_garbage_collector(run):
-    flags = [sys.executable, "-X", "dev", "-W", "error"]
-    script = run("0", prefix=("sh", "-c", 'shift; exec "$@"', "sh"), ready=0)
-    script.process.kill()
-    done = subprocess.Popen(
-        [*flags, SCRIPT, "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    with done:
-        port = int(done.stdout.readline().rpartition(b":")[2])
-        with connect(("127.0.0.1", port)) as client:
-            assert ask(client)
-            done.terminate()
-            assert done.communicate(timeout=PATIENCE)[1] == b""
-    assert done.returncode == 0
+    script = run("0", python=(sys.executable, "-X", "dev", "-W", "error"))
+    with connect(script.addresses[0]) as client:
+        assert ask(client)
+        assert script.stop()[::2] == (0, b"")
 
 
 def block(language, beginning=""):
