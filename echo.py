@@ -128,7 +128,7 @@ class EchoServer:
         self._serving = True
         with self._opened:
             while not self._stopping:
-                if self._can_accept() != self._accepting:
+                while self._can_accept() != self._accepting:
                     self._toggle_accepting()
                 self._turn()
             if not self._closing:
@@ -578,13 +578,13 @@ def main() -> None:
     quiet, verbose = options.pop("q", False), options.pop("v", False)
     try:
         server = EchoServer(**options)
+        # A signal just before a wait would not end it; on Windows, no signal does.
+        signal.set_wakeup_fd(server._wake_sender.fileno(), warn_on_full_buffer=False)
+        server._opened.callback(signal.set_wakeup_fd, -1)
     except ValueError as error:
         parser.error(str(error).replace("max_", "--max-").replace("idle_", "--idle-"))
     except (OSError, MemoryError) as error:
         sys.exit(f"{parser.prog}: {plain(error)}")
-    # A signal just before a wait would not end it; on Windows, no signal does.
-    signal.set_wakeup_fd(server._wake_sender.fileno(), warn_on_full_buffer=False)
-    server._opened.callback(signal.set_wakeup_fd, -1)
     log.addHandler(LogHandler())
     log.setLevel(logging.INFO)
     for address in server.addresses:

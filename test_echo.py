@@ -1267,3 +1267,38 @@ def block(language, beginning=""):
             rf"^```{language}\n({beginning}.*?)^```$", readme.read(), re.M | re.S
         )
     return text
+
+
+@needs_signals
+def test_the_recipe_for_a_ci_job_in_the_readme_works_twice(tmp_path):
+    recipe = block("sh", r"\(\n  set -e\n")
+    os.symlink(sys.executable, tmp_path / "python3")
+    os.symlink(SCRIPT, tmp_path / "echo.py")
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    options = {"cwd": tmp_path, "capture_output": True, "timeout": PATIENCE}
+    for _ in range(2):
+        done = subprocess.run(
+            ["sh", "-c", recipe], env={**BUFFERED, "PATH": path}, **options
+        )
+        assert (done.returncode, done.stdout) == (0, b"b'hello\\r\\n'\n"), done.stderr
+        assert (
+            b" disconnected: closed by client, 7 bytes"
+            in (tmp_path / "echo.log").read_bytes()
+        )
+    (tmp_path / "echo.py").unlink()
+    done = subprocess.run(
+        ["sh", "-c", recipe], env={**BUFFERED, "PATH": path}, **options
+    )
+    assert done.returncode == 1
+    assert b"did not start" in done.stdout
+
+
+def test_the_pytest_fixture_in_the_readme_works_twice(tmp_path):
+    (tmp_path / "test_it.py").write_text(block("python"))
+    where = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": FOLDER}}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    for _ in range(2):
+        done = subprocess.run(
+            command, capture_output=True, timeout=3 * PATIENCE, **where
+        )
+        assert b"1 passed" in done.stdout
