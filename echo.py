@@ -353,8 +353,8 @@ class EchoServer:
         with contextlib.ExitStack() as opened:
             for sock in (self._wake_receiver, self._wake_sender):
                 opened.enter_context(sock).setblocking(False)
-            self._renew_selector()
             opened.callback(self._close_all)
+            self._renew_selector()
             if isinstance(self._selector, selectors.SelectSelector):
                 self._max_clients = min(self._max_clients, self.SELECT_CLIENTS)
             self._listeners = listen(port, hosts)
@@ -548,7 +548,7 @@ def parse_arguments() -> tuple[argparse.ArgumentParser, dict[str, Any]]:
 
 def raise_descriptor_limit(clients: int) -> None:
     """Let this process have the descriptors that so many clients need, or warn."""
-    with contextlib.suppress(ImportError, ValueError):  # not on Windows
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows
         import resource
 
         needed = clients + 32  # for listeners, the selector, and what was inherited
@@ -592,8 +592,8 @@ def main() -> None:
     raise_descriptor_limit(server._max_clients)
     log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else log.level)
     server.serve_forever()
-    for number in stop_signals:
-        signal.signal(number, signal.SIG_IGN)  # A late one would kill Python's exit.
+    with contextlib.suppress(AttributeError):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)  # for Python's own exit
 
 
 if __name__ == "__main__":
