@@ -6,6 +6,7 @@ answers in every way it may. Part three is the command line, the log and the mod
 
 import contextlib
 import errno
+import functools
 import itertools
 import logging
 import math
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from selectors import EVENT_READ, EVENT_WRITE
 
 import pytest
 
@@ -826,6 +828,443 @@ def test_it_can_be_started_again_at_once_on_the_same_port(run):
         again = run("-b", "127.0.0.1", str(script.addresses[0][1]), ready=1)
         with connect(again.addresses[0]) as other:
             assert ask(other)
+
+
+# PART TWO: EVERY SCHEDULE
+
+# A real kernel mostly takes all that is sent, and hardly ever runs out of memory. This
+# one does whatever a kernel may do: `Choices` decides what each call answers. Short
+# streams get every combination of answers, depth first; long ones get some, in a random
+# walk. Whenever the server waits, the rules are checked from outside.
+
+AGAIN, RESET, NO_MEMORY = errno.EAGAIN, errno.ECONNRESET, errno.ENOMEM
+SURPRISES = (AGAIN, errno.ENOTCONN, errno.EEXIST)  # errors that end no connection
+TURNS = 3000  # more than any schedule here needs
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def answer(stream, max_line):
+    """Return what a client gets for all that it has sent: its complete lines."""
+    lines = stream.split(b"\r\n")[:-1]
+    fitting = itertools.takewhile(lambda line: len(line) <= max_line, lines)
+    return b"".join(line + b"\r\n" for line in fitting)
+
+
+def raise_error(error):
+    raise MemoryError if error is MemoryError else OSError(error, os.strerror(error))
+
+
+class Choices:
+    """Decisions: numbers of options. What is not decided yet is 0, or drawn."""
+
+    def __init__(self, decisions, draw=None):
+        self.decisions = list(decisions)
+        self.draw = draw  # a random.Random
+        self.widths = []  # how many options there were, for each decision made
+
+    def choose(self, common, rare):
+        """Return the number of an option. The rare ones come last."""
+        if common + rare == 1:
+            return 0
+        if len(self.widths) == len(self.decisions):
+            decision = self.draw.randrange(common) if self.draw else 0
+            if self.draw and rare and self.draw.random() < 0.03:
+                decision = common + self.draw.randrange(rare)
+            self.decisions.append(decision)
+        self.widths.append(common + rare)
+        return self.decisions[len(self.widths) - 1]
+
+    def following(self):
+        """Return the decisions that come next, depth first; after the last, nothing."""
+        decisions = self.decisions[: len(self.widths)]
+        while decisions and decisions[-1] + 1 == self.widths[len(decisions) - 1]:
+            decisions.pop()
+        return [*decisions[:-1], decisions[-1] + 1] if decisions else []
+
+
+# ---- The simulated kernel ------------------------------------------------------------
+
+
+class Kernel:
+    """The time, the sockets, and the rules. `faults` and `stops` are budgets."""
+
+    def __init__(self, streams, choices, faults=0, stops=0, hangs_up=True, **limits):
+        self.choices, self.limits = choices, limits
+        self.budget = faults, stops
+        self.faults = self.stops = 0  # None while the server starts.
+        self.hangs_up = hangs_up  # whether a client that has sent all ends its side
+        self.max_line = limits.get("max_line", 1 << 20)
+        self.max_clients = limits.get("max_clients", 1000)
+        self.queue = list(enumerate(streams))  # who waits to be accepted
+        self.accepted, self.sockets, self.selectors = [], [], []
+        self.told = set()  # sockets reported as ready, and not used since then
+        self.wakes = 0  # bytes in the socket pair
+        self.log = []
+        self.now, self.turn = 1000.0, 1
+        self.stopped = None  # in which turn shutdown() was called
+        self.early = False  # whether that was before all was done
+
+    def run(self):
+        def note(text, *values):
+            self.log.append(text % values)
+
+        fakes = {
+            "create_server": lambda *_, **__: Listener(self),
+            "socketpair": lambda: (Wake(self), Wake(self)),
+            "DefaultSelector": lambda: Selector(self),
+            "monotonic": lambda: self.now,
+            "info": note,
+            "warning": note,
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("socket", "selectors", "time", "log"):
+                patch.setattr(echo, name, StandIn(getattr(echo, name), **fakes))
+            patch.setattr(echo, "Client", OrderedClient)
+            self.server = echo.EchoServer(0, "127.0.0.1", **self.limits)
+            self.faults, self.stops = self.budget
+            self.server.serve_forever()
+        self.check_turn()
+        self.check_end()
+
+    def decide(self, sock, options, *errors):
+        """Return one of the options, or spend a fault; before that, perhaps stop."""
+        errors = errors if self.faults else ()
+        number = self.choices.choose(len(options), len(errors) + (self.stops > 0))
+        if number < len(options):
+            return options[number]
+        number -= len(options)
+        if number == len(errors):
+            self.early = True
+            self.stop()
+            return self.decide(sock, options, *errors)
+        self.faults -= 1
+        if sock:
+            sock.failed |= errors[number] not in SURPRISES
+        return raise_error(errors[number])
+
+    def stop(self):
+        self.stopped, self.stops = self.turn, 0
+        self.server.shutdown()
+
+    def open(self):
+        return [client for client in self.accepted if not client.closed]
+
+    def idle(self):
+        """Nothing is left to come, and the server waits without end."""
+        assert self.stopped is None, "it hangs, though it was told to stop"
+        assert not any(c.unread for c in self.open()), "it hangs with bytes to read"
+        full = len(self.open()) >= self.max_clients
+        assert full or not self.queue, "it hangs with clients to accept"
+        self.stop()
+
+    def check_turn(self):
+        """What holds whenever the server waits."""
+        self.turn += 1
+        assert self.turn < TURNS, "it is busy without end"
+        assert all(s.closed for s in self.told), "somebody ready was left out"
+        for client in self.open():
+            assert not client.failed, "a connection that has failed is open"
+            key = self.selectors[-1].keys.get(client)
+            assert key, "it does not wait for a client"
+            wanted = EVENT_WRITE if client.owed() else EVENT_READ
+            assert key.events == wanted, "it waits for the wrong event"
+            too_long = client.is_too_long() and not client.owed()
+            assert client.ended or not too_long, "too long a line ended nothing"
+
+    def check_end(self):
+        """What holds after serve_forever()."""
+        assert self.stopped is not None, "it stopped by itself"
+        assert all(s.closed for s in self.sockets + self.selectors), "left open"
+        excused = self.faults < self.budget[0] or "max_clients" in self.limits
+        assert excused or not self.queue, "who came before the stop was left out"
+        for client in self.accepted:
+            whole = client.sent == answer(client.stream, self.max_line)
+            assert whole or client.failed or self.early, "not the whole answer"
+        pattern = r":(\d+) disconnected: .*, (\d+) bytes echoed, (\d+) dropped\n"
+        logged = re.findall(pattern, "\n".join(self.log) + "\n")
+        real = [(c.port, len(c.sent), len(c.read) - len(c.sent)) for c in self.accepted]
+        assert sorted(tuple(map(int, n)) for n in logged) == sorted(real), "wrong log"
+
+
+class StandIn:
+    """Looks like a module, but for some names."""
+
+    def __init__(self, module, **names):
+        self.__dict__.update(names)
+        self.module = module
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+
+class OrderedClient(echo.Client):
+    """Has the same place in a set each time, so that a schedule can be replayed."""
+
+    def __hash__(self):
+        return int(self.name.rpartition(":")[2])
+
+
+class Socket(contextlib.AbstractContextManager):
+    """What all simulated sockets have in common."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.blocking, self.closed, self.failed = True, False, False
+        kernel.sockets.append(self)
+
+    def setblocking(self, flag):
+        self.blocking = flag
+
+    def setsockopt(self, *_):
+        pass
+
+    def begin_call(self):
+        """Return whether the selector has said that the socket is ready."""
+        assert not self.closed and not self.blocking, "a closed or blocking socket"
+        told = self in self.kernel.told
+        self.kernel.told.discard(self)
+        return told
+
+    def shutdown(self, how):
+        if self.closed:
+            raise_error(errno.EBADF)
+        self.kernel.decide(self, [None], errno.ENOTCONN)
+
+    def close(self):
+        registered = self in self.kernel.selectors[-1].keys
+        assert not registered, "closed before it was unregistered"
+        self.closed = True
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class Wake(Socket):
+    """Either end of the socket pair."""
+
+    def is_ready(self, event):
+        return self.kernel.wakes > 0
+
+    def send(self, data):
+        self.begin_call()
+        self.kernel.wakes += len(data)
+
+    def recv(self, size):
+        self.begin_call()
+        self.kernel.wakes -= min(self.kernel.wakes, size)
+
+
+class Listener(Socket):
+    rest_until = 0
+
+    def getsockname(self):
+        return "127.0.0.1", 12321
+
+    def is_ready(self, event):
+        return bool(self.kernel.queue)
+
+    def accept(self):
+        self.begin_call()
+        kernel = self.kernel
+        assert kernel.now >= self.rest_until, "it does not rest after a shortage"
+        assert len(kernel.open()) < kernel.max_clients, "too many clients"
+        if not kernel.queue:
+            raise_error(AGAIN)
+        try:
+            kernel.decide(self, [None], AGAIN, errno.EMFILE, errno.ECONNABORTED)
+        except OSError as error:
+            if error.errno == errno.ECONNABORTED:
+                kernel.queue.pop(0)
+            if error.errno == errno.EMFILE:
+                self.rest_until = kernel.now + echo.EchoServer.REST
+            raise
+        client = Connection(kernel, *kernel.queue.pop(0))
+        kernel.accepted.append(client)
+        return client, ("127.0.0.1", client.port)
+
+
+class Connection(Socket):
+    """The server's end of a connection, and what has gone through it."""
+
+    def __init__(self, kernel, number, stream):
+        super().__init__(kernel)
+        self.port = 40000 + number
+        self.stream = self.unread = stream
+        self.read = self.sent = self.heard = b""  # heard: read before the server's EOF
+        self.ended = False  # whether the server has sent EOF
+        self.hung_up = False  # whether it has read EOF
+        self.gone = False  # whether the next read fails
+
+    def owed(self):
+        return answer(self.heard, self.kernel.max_line)[len(self.sent) :]
+
+    def is_too_long(self):
+        """Tell if so much of a line was read that it is too long, whatever follows."""
+        rest = len(self.heard) - len(answer(self.heard, self.kernel.max_line))
+        return rest >= self.kernel.max_line + len(b"\r\n")
+
+    def is_ready(self, event):
+        can_read = self.unread or self.kernel.hangs_up or self.gone
+        return event == EVENT_WRITE or bool(can_read)
+
+    def recv_into(self, buffer):
+        assert self.begin_call(), "it reads twice, or from who is not ready"
+        assert not self.owed(), "it reads from a client that it owes bytes"
+        if self.gone:
+            self.failed = True
+            raise_error(RESET)
+        counts = range(min(len(self.unread), len(buffer)), 0, -1) or [0]
+        count = self.kernel.decide(self, counts, AGAIN, RESET, MemoryError)
+        self.hung_up |= count == 0
+        data, self.unread = self.unread[:count], self.unread[count:]
+        buffer[:count] = data
+        self.read += data
+        self.heard += b"" if self.ended else data
+        return count
+
+    def send(self, data):
+        told = self.begin_call()
+        assert data and data == self.owed(), "it sends what it does not owe"
+        # Who was reported as ready has room for a byte; another one may have none.
+        counts = range(len(data), 0 if told else -1, -1)
+        count = self.kernel.decide(self, counts, *[RESET, AGAIN][: 1 + told])
+        if not count:
+            raise_error(AGAIN)
+        self.sent += data[:count]
+        return count
+
+    def shutdown(self, how):
+        self.ended = True
+        assert self.failed or not self.owed(), "it ends before the end of the answer"
+        looked = self.kernel.turn > (self.kernel.stopped or TURNS)
+        excused = self.failed or self.hung_up or self.is_too_long()
+        assert looked or excused, "it ends for no reason"
+        self.gone = True  # if this fails
+        super().shutdown(how)
+        self.gone = False
+
+    def close(self):
+        assert not self.closed, "closed twice"
+        assert self.ended, "closed without shutdown()"
+        super().close()
+
+
+class Selector:
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.keys = {}
+        self.stuck = set()  # sockets whose unregister() has failed, unseen
+        self.closed = False
+        kernel.selectors.append(self)
+
+    def register(self, sock, event, data=None):
+        assert not sock.closed and sock not in self.keys, "registered twice"
+        if sock in self.stuck:
+            raise_error(errno.EEXIST)
+        errors = [] if isinstance(sock, Wake) else [NO_MEMORY, MemoryError]
+        self.kernel.decide(sock, [None], *errors)
+        self.keys[sock] = selectors.SelectorKey(sock, id(sock), event, data)
+
+    def unregister(self, sock):
+        del self.keys[sock]
+        try:
+            self.kernel.decide(sock, [None], errno.EEXIST)
+        except FileExistsError:
+            self.stuck.add(sock)
+
+    def modify(self, sock, event, data=None):
+        key = self.keys.pop(sock)  # As in selectors: if it fails, it is unregistered.
+        self.kernel.decide(sock, [None], NO_MEMORY)
+        self.keys[sock] = key._replace(events=event, data=data)
+
+    def select(self, timeout=None):
+        self.kernel.check_turn()
+        if not self.ready() and timeout is None:
+            self.kernel.idle()
+            assert self.ready(), "shutdown() does not wake it"
+        ready = self.ready()
+        # Bit by bit, who of them is ready by now; or a signal comes first: nobody is.
+        subsets = range((1 << len(ready)) - 1, 0, -1) or [0]
+        errors = NO_MEMORY, MemoryError, errno.EINTR
+        try:
+            chosen = self.kernel.decide(None, subsets, *errors)
+        except InterruptedError:
+            chosen = 0
+        if not chosen:
+            self.kernel.now += (timeout or 0) + 0.001
+        ready = [key for bit, key in enumerate(ready) if chosen >> bit & 1]
+        self.kernel.told = {key.fileobj for key in ready}
+        return [(key, key.events) for key in ready]
+
+    def ready(self):
+        return [k for k in self.keys.values() if k.fileobj.is_ready(k.events)]
+
+    def close(self):
+        self.keys.clear()
+        self.closed = True
+
+
+# ---- The tests -----------------------------------------------------------------------
+
+
+def replay(streams, decisions=(), draw=None, **setup):
+    """Run one schedule. What a failure prints runs it again."""
+    choices = Choices(decisions, draw)
+    try:
+        Kernel(streams, choices, **setup).run()
+    except Exception as error:
+        first = error  # Closing everything may have failed as well.
+        while first.__context__:
+            first = first.__context__
+        schedule = f"replay({streams}, {choices.decisions}, **{setup})"
+        raise AssertionError(f"{first}: {schedule}") from error
+    return choices
+
+
+def all_streams(longest):
+    """Return every stream of CR, LF and one letter up to this length."""
+    lengths = range(longest + 1)
+    return [bytes(s) for n in lengths for s in itertools.product(b"\r\nx", repeat=n)]
+
+
+EVERY = [  # clients' streams, and a setup: some thousand schedules together
+    *[([s], {}) for s in all_streams(4)],
+    *[([s], {"faults": 1}) for s in [*all_streams(2), b"x\r\n"]],
+    *[([s], {"faults": 2}) for s in [b"", b"x"]],
+    *[([s], {"stops": 1}) for s in all_streams(2)],
+    *[([s], {"stops": 1, "hangs_up": False}) for s in [b"", b"x", b"\r\n"]],
+    ([b""], {"stops": 1, "faults": 1}),
+    ([b"x"], {"stops": 1, "faults": 1, "hangs_up": False}),
+    ([b"\r\nxx\r\n"], {"max_line": 1}),
+    ([b"\r\nxxxx"], {"max_line": 1}),
+    ([b"xxx"], {"max_line": 1, "faults": 1}),
+    ([b"x", b"\r\n"], {}),
+    ([b"x", b""], {"stops": 1}),
+    ([b"x", b""], {"faults": 1}),
+    ([b"", b"\r\n"], {"faults": 1, "max_clients": 1}),
+]
+
+
+@pytest.mark.parametrize(("streams", "setup"), EVERY)
+def test_every_schedule_of_every_short_stream(streams, setup):
+    decisions = replay(streams, **setup).following()
+    while decisions:
+        decisions = replay(streams, decisions, **setup).following()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_schedules_of_long_streams(seed):
+    draw = random.Random(seed)
+    pieces = [b"\r\n", b"\r\n", b"\r", b"\n", b"a", b"b", b"c", b"d"]
+    replay(
+        [b"".join(draw.choices(pieces, k=draw.randrange(200))) for _ in range(2)],
+        draw=draw,
+        faults=draw.randrange(4),
+        stops=draw.randrange(2),
+        hangs_up=draw.random() < 0.7,
+        max_line=draw.choice([3, 6, 1 << 20, 1 << 20]),
+        max_clients=draw.choice([1, 1000]),
+    )
 
 
 # PART THREE: THE COMMAND LINE, THE LOG, THE MODULE
