@@ -562,15 +562,16 @@ def main() -> None:
     """Serve until a signal comes, as the command line says."""
     wanted = ("SIGINT", "SIGTERM", "SIGBREAK")  # Windows: Ctrl-Break, a closed console
     stop_signals = [number for number in signal.Signals if number.name in wanted]
-    server, first = None, inf
+    server, counts_from = None, 0.0  # from when on a further signal counts
 
     def _on_signal(*_: object) -> None:
-        nonlocal first
+        nonlocal counts_from
         if not server:
             sys.exit()  # Looking up a name may take long.
-        first = min(first, time.monotonic())
-        late = time.monotonic() - first >= SECOND_SIGNAL
-        server.close() if late else server.shutdown()
+        now, before = time.monotonic(), counts_from
+        if now >= before:
+            counts_from = now + SECOND_SIGNAL
+            server.close() if before else server.shutdown()
 
     for number in stop_signals:
         signal.signal(number, _on_signal)
@@ -578,9 +579,8 @@ def main() -> None:
     quiet, verbose = options.pop("q", False), options.pop("v", False)
     try:
         server = EchoServer(**options)
-        # A signal just before a wait would not end it; on Windows, no signal does.
         signal.set_wakeup_fd(server._wake_sender.fileno(), warn_on_full_buffer=False)
-        server._opened.callback(signal.set_wakeup_fd, -1)
+        server._opened.callback(signal.set_wakeup_fd, -1)  # By itself it may not wake.
     except ValueError as error:
         parser.error(str(error).replace("max_", "--max-").replace("idle_", "--idle-"))
     except (OSError, MemoryError) as error:
@@ -592,8 +592,8 @@ def main() -> None:
     raise_descriptor_limit(server._max_clients)
     log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else log.level)
     server.serve_forever()
-    with contextlib.suppress(AttributeError):  # not on Windows
-        signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)  # for Python's own exit
+    for number in stop_signals:
+        signal.signal(number, signal.SIG_IGN)  # A late one would kill Python's exit.
 
 
 if __name__ == "__main__":
