@@ -12,11 +12,12 @@ A line ends with CR LF. It comes back byte for byte as soon as it is complete. N
 delays another, be it in the middle of a line or not reading at all. Memory per client
 is bounded, and an error ends one connection alone.
 
-A selector waits until a socket has bytes to recv, or room to send. No call on a socket
-waits: send takes what there is room for. One loop lets each ready client make a step.
-Between two steps, a client is two buffers: the inbox holds the part of a line that has
-come so far, the outbox the bytes that it is owed. While it is owed bytes, the loop
-waits to write to it and reads nothing from it: TCP then makes it wait, and nobody else.
+A selector waits until some sockets have bytes to recv, or room to send. Then each of
+these clients makes one step that does not wait: recv takes what has come, send what
+there is room for. That is a turn of the loop. Between two turns, a client is two
+buffers: the inbox holds the part of a line that has come so far, the outbox the bytes
+that it is owed. While it is owed bytes, the loop waits to write to it and reads nothing
+from it: TCP then makes it wait, and nobody else.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Client:
         self.name = name  # its address, for the log
         self.inbox = bytearray()  # the part of a line that has come so far
         self.outbox = bytearray()  # what it is owed: bytes the kernel had no room for
-        self.seen = now  # when a byte last moved, in seconds of time.monotonic()
+        self.last_active = now  # when a byte last moved, in seconds of time.monotonic()
         self.received = self.sent = 0  # bytes
         self.warned = False  # whether the log has explained that LF alone ends no line
         self.ending = ""  # why the server ends this connection; empty: it does not
@@ -63,10 +64,9 @@ class Client:
 def take_lines(
     inbox: bytearray, chunk: memoryview, terminator: bytes, max_line: int
 ) -> tuple[Bytes, bytearray]:
-    """Return the lines that the chunk completes, and the rest: the next inbox.
+    """Return the lines that the chunk completes, and the remainder: the next inbox.
 
-    A line of over `max_line` bytes stays in the rest, which is otherwise shorter than
-    the longest line with its terminator.
+    A remainder as long as the longest line with its terminator is too long a line.
     """
     # Optimization: a chunk of whole lines passes through uncopied.
     if not inbox and len(chunk) <= max_line and chunk[-len(terminator) :] == terminator:
@@ -83,7 +83,7 @@ def take_lines(
             end = at + len(terminator)
     if not end:
         return b"", inbox
-    return inbox[:end], inbox[end:]
+    return memoryview(inbox)[:end], inbox[end:]
 
 
 class EchoServer:
@@ -121,7 +121,7 @@ class EchoServer:
         self._serving = False  # whether serve_forever() will close everything
         self._selector: selectors.BaseSelector = selectors.DefaultSelector()
         self._wake_receiver, self._wake_sender = socket.socketpair()  # see shutdown()
-        self._open(port, hosts)  # the listeners; watches the waker
+        self._open(port, hosts)  # sets _listeners, addresses and _opened
 
     def serve_forever(self) -> None:
         """Serve until `shutdown()`; then end every connection, and close everything."""
@@ -145,8 +145,8 @@ class EchoServer:
         self._now = time.monotonic()
         self._verbose = log.isEnabledFor(logging.DEBUG)
         for key, _ in ready:
-            if key.data:  # a client: listeners and the waker have no data
-                self._serve(key.data)
+            if client := key.data:  # None for the waker and the listeners
+                self._serve(client)
             elif key.fileobj is self._wake_receiver:
                 with contextlib.suppress(OSError):
                     self._wake_receiver.recv(4096)
@@ -195,11 +195,11 @@ class EchoServer:
     def _receive(self, client: Client) -> None:
         """Read once, and send the lines that are now complete."""
         count = client.sock.recv_into(self._buffer)
-        if not count:  # EOF. All has been sent: who is owed bytes is not read from.
-            where = " in mid-line" if client.inbox else ""
+        if not count:  # EOF: a close or a half-close. Who is read from is owed nothing.
+            where = " in mid-line" if client.inbox else ""  # Half a line is dropped.
             self._close(client, f"closed by client{where}")
             return
-        client.seen = self._now
+        client.last_active = self._now
         client.received += count
         if client.ending:
             return  # What comes after the end is thrown away.
@@ -215,19 +215,20 @@ class EchoServer:
 
     def _send(self, client: Client, data: Bytes) -> None:
         """Send once: new lines, or the outbox. The outbox keeps what did not fit."""
-        owed = bool(client.outbox)
-        # New lines are tried at once. Mostly there is room: no need to wait for it.
+        owed = data is client.outbox
+        # New lines are tried at once: mostly there is room. To wait for it costs a turn.
         try:
             sent = client.sock.send(data)
+            client.last_active = self._now
         except BlockingIOError:
             sent = 0
-        if sent:
-            client.seen = self._now
-            client.sent += sent
+        client.sent += sent
         if owed:
             del client.outbox[:sent]
         elif sent < len(data):
             client.outbox += data[sent:]
+        else:
+            return  # Nothing is owed, before or after.
         if bool(client.outbox) != owed:  # Wait for the other event, and for it alone.
             event = EVENT_WRITE if client.outbox else EVENT_READ
             self._selector.modify(client.sock, event, client)
@@ -235,12 +236,12 @@ class EchoServer:
                 self._end(client, client.ending)  # All is sent: now EOF can follow.
 
     def _close(self, client: Client, reason: str) -> None:
+        """Forget a client. If the server has ended it, the log says why."""
         self._close_socket(client.sock)
         self._clients.discard(client)
         counts = f"{client.sent} bytes echoed, {client.received - client.sent} dropped"
-        log.info(
-            "%s disconnected: %s, %s", client.name, client.ending or reason, counts
-        )
+        why = client.ending or reason
+        log.info("%s disconnected: %s, %s", client.name, why, counts)
 
     # ---- Limits and shortages --------------------------------------------------------
 
@@ -308,7 +309,7 @@ class EchoServer:
         client.ending_since = min(client.ending_since, self._now)
         self._deadline = min(self._deadline, self._now + self.TICK)
         if not client.outbox:
-            client.seen = self._now
+            client.last_active = self._now
             with contextlib.suppress(OSError):  # It has gone. The next read says so.
                 client.sock.shutdown(socket.SHUT_WR)
 
@@ -316,7 +317,7 @@ class EchoServer:
         if asked >= self._rest_until:
             self._rest_until = inf
         for client in list(self._clients):
-            if not client.ending and asked - client.seen >= self._idle_timeout:
+            if not client.ending and asked - client.last_active >= self._idle_timeout:
                 self._end(client, f"idle for {self._idle_timeout:g} s")
             if client.ending and self._had_time(client, asked):
                 self._close(client, client.ending)
@@ -324,7 +325,7 @@ class EchoServer:
         self._deadline = min(self._rest_until, asked + self.TICK if pending else inf)
 
     def _had_time(self, client: Client, asked: float) -> bool:
-        silent, ending = asked - client.seen, asked - client.ending_since
+        silent, ending = asked - client.last_active, asked - client.ending_since
         acknowledged = True  # if the system cannot tell: then silence must do
         with contextlib.suppress(OSError, AttributeError):
             info = client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
@@ -532,9 +533,7 @@ def parse_arguments() -> tuple[argparse.ArgumentParser, dict[str, Any]]:
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     parser.description = "Echo lines to TCP clients, by default on both loopbacks."
     parser.add_argument("port", nargs="?", type=int, default=12321, help="0 is any")
-    parser.add_argument(
-        "-b", "--bind", dest="hosts", action="append", metavar="ADDRESS"
-    )
+    parser.add_argument("-b", "--bind", action="append", metavar="ADDRESS")
     parser.add_argument("--lf", action="store_true", help="lines end with LF alone")
     parser.add_argument("--max-line", type=int, metavar="BYTES", help="default: 1 MiB")
     parser.add_argument("--max-clients", type=int, metavar="N", help="default: 1000")
@@ -578,7 +577,7 @@ def main() -> None:
     parser, options = parse_arguments()
     quiet, verbose = options.pop("q", False), options.pop("v", False)
     try:
-        server = EchoServer(**options)
+        server = EchoServer(hosts=options.pop("bind", None), **options)
         signal.set_wakeup_fd(server._wake_sender.fileno(), warn_on_full_buffer=False)
         server._opened.callback(signal.set_wakeup_fd, -1)  # By itself it may not wake.
     except ValueError as error:
