@@ -12,12 +12,11 @@ A line ends with CR LF. It comes back byte for byte as soon as it is complete. N
 delays another, be it in the middle of a line or not reading at all. Memory per client
 is bounded, and an error ends one connection alone.
 
-A selector waits until some sockets have bytes to recv, or room to send. Then each of
-these clients makes one step that does not wait: recv takes what has come, send what
-there is room for. That is a turn of the loop. Between two turns, a client is two
-buffers: the inbox holds the part of a line that has come so far, the outbox the bytes
-that it is owed. While it is owed bytes, the loop waits to write to it and reads nothing
-from it: TCP then makes it wait, and nobody else.
+A selector waits until some sockets have bytes to recv or room to send. Then each of
+these clients takes one step without waiting: recv takes what has come, send what there
+is room for. That is one turn of the loop. Between turns, a client is two buffers: the
+inbox holds the beginning of a line, the outbox the bytes it is owed. While it is owed
+bytes, the loop waits to write and does not read: TCP makes it wait, and nobody else.
 """
 
 from __future__ import annotations
@@ -66,19 +65,19 @@ def take_lines(
 ) -> tuple[Bytes, bytearray]:
     """Return the lines that the chunk completes, and the remainder: the next inbox.
 
-    A remainder as long as the longest line with its terminator is too long a line.
+    A remainder of `reach` bytes or more is too long a line: see below.
     """
-    # Optimization: a chunk of whole lines passes through uncopied.
-    if not inbox and len(chunk) <= max_line and chunk[-len(terminator) :] == terminator:
+    reach = max_line + len(terminator)  # the longest line with its terminator, in bytes
+    # Optimization: a short chunk of whole lines passes through uncopied.
+    if not inbox and len(chunk) <= reach and chunk[-len(terminator) :] == terminator:
         return chunk, inbox
     searched = max(len(inbox) - 1, 0)  # A CR at its end may be waiting for its LF.
     inbox += chunk
     end = 0
     # Optimization: no LF, no end of a line; and one byte is found much faster than two.
     if inbox.find(b"\n", searched) >= 0:
-        # A line from `end` on is not too long if it ends within reach. So all lines up
-        # to the last terminator within reach are short enough. Go on from there.
-        reach = max_line + len(terminator)
+        # Lines that end within reach of `end` are all short enough: take them at once,
+        # up to the last terminator there. That is the next `end`.
         while (at := inbox.rfind(terminator, max(searched, end), end + reach)) >= 0:
             end = at + len(terminator)
     if not end:
@@ -118,6 +117,7 @@ class EchoServer:
         self._rest_until = inf  # when to accept again after a shortage; inf: no rest
         self._stopping = False  # set by shutdown()
         self._closing = False  # set by close()
+        self._verbose = False  # whether echoed lines are logged: asked once a turn
         self._serving = False  # whether serve_forever() will close everything
         self._selector: selectors.BaseSelector = selectors.DefaultSelector()
         self._wake_receiver, self._wake_sender = socket.socketpair()  # see shutdown()
@@ -126,9 +126,9 @@ class EchoServer:
     def serve_forever(self) -> None:
         """Serve until `shutdown()`; then end every connection, and close everything."""
         self._serving = True
-        with self._opened:
+        with self._opened:  # At the end, it closes everything.
             while not self._stopping:
-                while self._can_accept() != self._accepting:
+                while self._can_accept() != self._accepting:  # again if it fails
                     self._toggle_accepting()
                 self._turn()
             if not self._closing:
@@ -150,9 +150,9 @@ class EchoServer:
             elif key.fileobj is self._wake_receiver:
                 with contextlib.suppress(OSError):
                     self._wake_receiver.recv(4096)
-            else:  # A flood of newcomers must not delay those who are ready.
+            else:  # No more than are ready, so that newcomers do not delay them long.
                 self._accept(key.fileobj, len(ready))
-        if asked >= self._deadline:  # What came until then has been read.
+        if asked >= self._deadline:  # Now all that came before `asked` is served.
             self._check_deadlines(asked)
 
     def _accept(self, listener: socket.socket, most: int) -> None:
@@ -211,12 +211,12 @@ class EchoServer:
             if self._verbose:
                 log_lines(client.name, bytes(lines).split(self._terminator)[:-1])
         if client.inbox:
-            self._check_inbox(client, count)
+            self._check_inbox(client, count)  # Too long a line ends this client.
 
     def _send(self, client: Client, data: Bytes) -> None:
         """Send once: new lines, or the outbox. The outbox keeps what did not fit."""
         owed = data is client.outbox
-        # New lines are tried at once: mostly there is room. To wait for it costs a turn.
+        # New lines are tried at once: mostly there is room, and to wait costs a turn.
         try:
             sent = client.sock.send(data)
             client.last_active = self._now
@@ -232,16 +232,15 @@ class EchoServer:
         if bool(client.outbox) != owed:  # Wait for the other event, and for it alone.
             event = EVENT_WRITE if client.outbox else EVENT_READ
             self._selector.modify(client.sock, event, client)
-            if client.ending:
-                self._end(client, client.ending)  # All is sent: now EOF can follow.
+            if client.ending:  # _end() left EOF for later: now all is sent.
+                self._end(client, client.ending)
 
     def _close(self, client: Client, reason: str) -> None:
         """Forget a client. If the server has ended it, the log says why."""
         self._close_socket(client.sock)
         self._clients.discard(client)
-        counts = f"{client.sent} bytes echoed, {client.received - client.sent} dropped"
-        why = client.ending or reason
-        log.info("%s disconnected: %s, %s", client.name, why, counts)
+        tally = f"{client.sent} bytes echoed, {client.received - client.sent} dropped"
+        log.info("%s disconnected: %s, %s", client.name, client.ending or reason, tally)
 
     # ---- Limits and shortages --------------------------------------------------------
 
@@ -262,7 +261,7 @@ class EchoServer:
                 else:
                     with contextlib.suppress(KeyError):  # It could not be registered.
                         self._selector.unregister(listener)
-        except FileExistsError:  # An unregister() has failed, unseen.
+        except FileExistsError:  # An unregister() has failed. Selectors hide that.
             self._renew_selector()
         except (OSError, MemoryError) as error:
             self._rest(error)
@@ -325,6 +324,7 @@ class EchoServer:
         self._deadline = min(self._rest_until, asked + self.TICK if pending else inf)
 
     def _had_time(self, client: Client, asked: float) -> bool:
+        """Tell if an ended client has been silent for long enough, or is too late."""
         silent, ending = asked - client.last_active, asked - client.ending_since
         acknowledged = True  # if the system cannot tell: then silence must do
         with contextlib.suppress(OSError, AttributeError):
@@ -355,7 +355,7 @@ class EchoServer:
             for sock in (self._wake_receiver, self._wake_sender):
                 opened.enter_context(sock).setblocking(False)
             opened.callback(self._close_all)
-            self._renew_selector()
+            self._selector.register(self._wake_receiver, EVENT_READ)
             if isinstance(self._selector, selectors.SelectSelector):
                 self._max_clients = min(self._max_clients, self.SELECT_CLIENTS)
             self._listeners = listen(port, hosts)
@@ -463,24 +463,25 @@ def listen(port: int, hosts: Hosts, tries: int = 10) -> list[socket.socket]:
     groups: Any = [LOOPBACKS] if hosts is None else [look_up(n, port) for n in names]
     listeners: list[socket.socket] = []
     with contextlib.ExitStack() as opened:
-        for group, (family, (host, _, *scope)) in [(g, a) for g in groups for a in g]:
-            bound = listeners[0].getsockname()[1] if listeners else port
-            where = (host, bound, *scope)
-            try:
-                sock = socket.create_server(where, family=family, backlog=BACKLOG)
-            except OSError as error:
-                no_ipv6 = family == socket.AF_INET6 and error.errno in NO_IPV6
-                if no_ipv6 and socket.AF_INET in dict(group):
-                    continue  # The IPv4 address of the same name must do.
-                if port == 0 and error.errno == errno.EADDRINUSE and tries:
-                    opened.close()  # The port is free on one address, but not on all.
-                    return listen(port, hosts, tries - 1)
-                raise cannot_listen(host, bound, error) from None
-            listeners.append(opened.enter_context(sock))
-            sock.setblocking(False)
-            for level, option, value in OPTIONS:
-                with contextlib.suppress(AttributeError, OSError):  # not known here
-                    sock.setsockopt(level, getattr(socket, option), value)
+        for group in groups:
+            for family, (host, _, *scope) in group:
+                bound = listeners[0].getsockname()[1] if listeners else port
+                where = (host, bound, *scope)
+                try:
+                    sock = socket.create_server(where, family=family, backlog=BACKLOG)
+                except OSError as error:
+                    no_ipv6 = family == socket.AF_INET6 and error.errno in NO_IPV6
+                    if no_ipv6 and socket.AF_INET in dict(group):
+                        continue  # The IPv4 address of the same name must do.
+                    if port == 0 and error.errno == errno.EADDRINUSE and tries:
+                        opened.close()  # It is free on one address, but not on all.
+                        return listen(port, hosts, tries - 1)
+                    raise cannot_listen(host, bound, error) from None
+                listeners.append(opened.enter_context(sock))
+                sock.setblocking(False)
+                for level, option, value in OPTIONS:
+                    with contextlib.suppress(AttributeError, OSError):  # not known here
+                        sock.setsockopt(level, getattr(socket, option), value)
         opened.pop_all()
     return listeners
 
@@ -561,16 +562,16 @@ def main() -> None:
     """Serve until a signal comes, as the command line says."""
     wanted = ("SIGINT", "SIGTERM", "SIGBREAK")  # Windows: Ctrl-Break, a closed console
     stop_signals = [number for number in signal.Signals if number.name in wanted]
-    server, counts_from = None, 0.0  # from when on a further signal counts
+    server, same_until = None, 0.0  # Until then, a signal is the last one, passed on.
 
     def _on_signal(*_: object) -> None:
-        nonlocal counts_from
+        nonlocal same_until
         if not server:
             sys.exit()  # Looking up a name may take long.
-        now, before = time.monotonic(), counts_from
-        if now >= before:
-            counts_from = now + SECOND_SIGNAL
-            server.close() if before else server.shutdown()
+        now, is_first = time.monotonic(), same_until == 0
+        if now >= same_until:
+            same_until = now + SECOND_SIGNAL
+            server.shutdown() if is_first else server.close()
 
     for number in stop_signals:
         signal.signal(number, _on_signal)
@@ -579,7 +580,7 @@ def main() -> None:
     try:
         server = EchoServer(hosts=options.pop("bind", None), **options)
         signal.set_wakeup_fd(server._wake_sender.fileno(), warn_on_full_buffer=False)
-        server._opened.callback(signal.set_wakeup_fd, -1)  # By itself it may not wake.
+        server._opened.callback(signal.set_wakeup_fd, -1)  # before it is closed
     except ValueError as error:
         parser.error(str(error).replace("max_", "--max-").replace("idle_", "--idle-"))
     except (OSError, MemoryError) as error:
