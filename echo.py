@@ -8,9 +8,8 @@
     python3 echo.py         # listens on 127.0.0.1:12321 and [::1]:12321
     nc -C localhost 12321   # in another terminal (macOS: nc -c): type a line
 
-A line ends with CR LF. It comes back byte for byte as soon as it is complete. No client
-delays another, be it in the middle of a line or not reading at all. Memory per client
-is bounded, and an error ends one connection alone.
+A line ends with CR LF, and comes back byte for byte. No client delays another, in
+mid-line or not reading. Memory per client is bounded. An error ends one client alone.
 
 A selector waits until some sockets have bytes to recv or room to send. Then each of
 these clients takes one step without waiting: recv takes what has come, send what there
@@ -40,6 +39,7 @@ from typing import Any, Iterable, Union
 
 __version__ = "1.1.0"
 RECEIVE_SIZE = 1 << 17  # bytes that one read takes at most
+CR, LF = b"\r\n"
 Bytes = Union[bytes, bytearray, memoryview]
 Hosts = Union[str, Iterable[str], None]
 log = logging.getLogger("echo")
@@ -65,19 +65,19 @@ def take_lines(
 ) -> tuple[Bytes, bytearray]:
     """Return the lines that the chunk completes, and the remainder: the next inbox.
 
-    A remainder of `reach` bytes or more is too long a line: see below.
+    A remainder of max_line + len(terminator) bytes or more is too long a line.
     """
-    reach = max_line + len(terminator)  # the longest line with its terminator, in bytes
     # Optimization: a short chunk of whole lines passes through uncopied.
-    if not inbox and len(chunk) <= reach and chunk[-len(terminator) :] == terminator:
-        return chunk, inbox
+    if not inbox and 1 < len(chunk) <= max_line and chunk[-1] == LF:
+        if chunk[-2] == CR or terminator == b"\n":
+            return chunk, inbox
     searched = max(len(inbox) - 1, 0)  # A CR at its end may be waiting for its LF.
     inbox += chunk
     end = 0
     # Optimization: no LF, no end of a line; and one byte is found much faster than two.
     if inbox.find(b"\n", searched) >= 0:
-        # Lines that end within reach of `end` are all short enough: take them at once,
-        # up to the last terminator there. That is the next `end`.
+        # All lines up to the last terminator within reach are short enough: take them.
+        reach = max_line + len(terminator)
         while (at := inbox.rfind(terminator, max(searched, end), end + reach)) >= 0:
             end = at + len(terminator)
     if not end:
