@@ -9,10 +9,10 @@ import errno
 import functools
 import itertools
 import logging
-import math
 import os
 import random
 import re
+import select
 import selectors
 import shutil
 import signal
@@ -22,7 +22,6 @@ import subprocess
 import sys
 import threading
 import time
-from selectors import EVENT_READ, EVENT_WRITE
 
 import pytest
 
@@ -32,10 +31,7 @@ pytestmark = pytest.mark.timeout(60)
 
 SCRIPT = os.path.abspath(echo.__file__)
 FOLDER = os.path.dirname(SCRIPT)
-PATIENCE = (
-    10  # seconds that a socket, a process or a thread may take before a test fails
-)
-LIMIT = 10  # bytes, where a test wants lines to be too long
+PATIENCE = 10  # seconds that a socket, a process or a thread may take
 LINE = b"x" * 1022 + b"\r\n"
 FLOOD = memoryview(LINE * (1 << 16))  # 64 MiB: more than the kernel holds for anybody
 BUFFERED = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
@@ -49,25 +45,29 @@ def can_listen(host, port=0):
     return False
 
 
+def needs(condition, reason):
+    return pytest.mark.skipif(not condition, reason=reason)
+
+
 LOOPBACKS = [host for host in ("127.0.0.1", "::1") if can_listen(host)]
-READY_LINES = len(LOOPBACKS)  # without -b
-needs_ipv6 = pytest.mark.skipif("::1" not in LOOPBACKS, reason="no IPv6 here")
-needs_127_0_0_2 = pytest.mark.skipif(
-    not can_listen("127.0.0.2"), reason="the loopback has only one address here"
-)
-needs_signals = pytest.mark.skipif(
-    os.name == "nt", reason="a signal from outside ends a Windows process hard"
-)
-needs_linux = pytest.mark.skipif(
-    sys.platform != "linux", reason="only Linux tells, in /proc or by TCP_INFO"
-)
+needs_ipv6 = needs("::1" in LOOPBACKS, "no IPv6 here")
+needs_127_0_0_2 = needs(can_listen("127.0.0.2"), "the loopback has one address here")
+needs_signals = needs(os.name != "nt", "a signal from outside ends a Windows process")
+needs_linux = needs(sys.platform == "linux", "only Linux tells, in /proc or TCP_INFO")
 
 
-def connect(server, timeout=PATIENCE):
-    address = server.addresses[0] if hasattr(server, "addresses") else server
-    sock = socket.create_connection(address, timeout=timeout)
+def connect(server):
+    """Connect to an address, or to the first one of a server or a script."""
+    address = server if isinstance(server, tuple) else server.addresses[0]
+    sock = socket.create_connection(address, timeout=PATIENCE)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
+
+
+def refused(address):
+    with socket.socket() as sock:
+        sock.settimeout(PATIENCE)
+        return sock.connect_ex(address) == errno.ECONNREFUSED
 
 
 def read_all(sock):
@@ -89,12 +89,17 @@ def ask(sock, line=b"are you there?\r\n"):
     return read(sock, len(line)) == line
 
 
+def is_silent(sock):
+    """Tell if nothing comes for a while, not even EOF."""
+    return not select.select([sock], [], [], 0.1)[0]
+
+
 def same(got, expected):
     """Compare. If large bytes differ, pytest would explain it for minutes."""
     return got == expected
 
 
-def flood(sock, pause=0.3):
+def flood(sock, pause=0.2):
     """Send lines, read nothing, until no more is taken. Return what was taken."""
     sock.settimeout(pause)
     sent = 0
@@ -114,18 +119,16 @@ def reset(sock):
 
 def rule(stream, terminator=b"\r\n"):
     """The contract: what a client that sends this stream and half-closes reads."""
-    return (
-        stream[: stream.rfind(terminator) + len(terminator)]
-        if terminator in stream
-        else b""
-    )
+    lines, end, _ = stream.rpartition(terminator)
+    return lines + end
 
 
 @contextlib.contextmanager
-def within(seconds):
+def takes(at_least, at_most):
+    """Check how many seconds a block takes."""
     started = time.monotonic()
     yield
-    assert time.monotonic() - started < seconds
+    assert at_least <= time.monotonic() - started < at_most
 
 
 def eventually(condition):
@@ -156,18 +159,15 @@ def start(caplog):
 class Script:
     """echo.py as a process; `addresses` are those of its ready lines."""
 
-    def __init__(
-        self,
-        *arguments,
-        ready=READY_LINES,
-        prefix=(),
-        python=(sys.executable,),
-        **options,
-    ):
+    def __init__(self, stack, *arguments, ready=True, prefix=(), python=(), **options):
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        command = [*prefix, *python, SCRIPT, *arguments]
-        self.process = subprocess.Popen(command, env=BUFFERED, **options)
-        lines = [self.line() for _ in range(ready)]
+        command = [*prefix, sys.executable, *python, SCRIPT, *arguments]
+        self.process = stack.enter_context(
+            subprocess.Popen(command, env=BUFFERED, **options)
+        )
+        stack.callback(self.process.kill)
+        hosts = (["-b"] if "-b" in arguments else LOOPBACKS) if ready else []
+        lines = [self.line() for _ in hosts]
         found = [
             re.fullmatch(r"listening on \[?(.*?)\]?:(\d+)", line) for line in lines
         ]
@@ -177,12 +177,9 @@ class Script:
     def line(self):
         return self.process.stdout.readline().decode("ascii").rstrip("\r\n")
 
-    def send(self, number):
-        self.process.send_signal(number)
-
     def stop(self, number=signal.SIGTERM):
         """Send a signal; return the status, the rest of stdout, and stderr."""
-        self.send(number)
+        self.process.send_signal(number)
         out, err = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, (out or b"").decode("ascii").splitlines(), err
 
@@ -191,34 +188,20 @@ class Script:
 def run():
     """Start the script; kill what is left of it at the end."""
     with contextlib.ExitStack() as stack:
-
-        def run(*arguments, **options):
-            script = Script(*arguments, **options)
-            stack.enter_context(script.process)
-            stack.callback(script.process.kill)
-            return script
-
-        yield run
+        yield functools.partial(Script, stack)
 
 
-def fail(monkeypatch, method, *errors):
-    """Let a method of all sockets raise these errors, then work again."""
-    real, left = getattr(socket.socket, method), list(errors)
-
-    def stand_in(*arguments):
-        if left:
-            error = left.pop(0)
-            raise (
-                OSError(error, os.strerror(error)) if isinstance(error, int) else error
-            )
-        return real(*arguments)
-
-    monkeypatch.setattr(socket.socket, method, stand_in)
+# PART ONE: WHAT IS PROMISED. First, lines.
 
 
-# PART ONE: WHAT IS PROMISED
-
-# Lines
+def test_a_line_comes_back_as_soon_as_it_is_complete_and_no_part_of_one_before(start):
+    with connect(start()) as client:
+        client.sendall(b"hel")
+        assert is_silent(client)
+        client.sendall(b"lo\r\nwor")
+        assert client.recv(100) == b"hello\r\n"
+        client.sendall(b"ld\r\n\r\n")
+        assert read(client, 9) == b"world\r\n\r\n"
 
 
 def cuts(stream):
@@ -248,33 +231,6 @@ def test_lines_come_back_exactly_however_the_stream_is_cut(terminator):
                 echoed, rest = framed(pieces, terminator)
                 assert echoed == rule(stream, terminator)
                 assert echoed + rest == stream
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_random_streams_are_answered_as_the_rule_says(start, seed):
-    chance = random.Random(seed)
-    stream = bytes(chance.choices(b"ab\r\r\n\n\0\xff", k=3000)).replace(b"a\n", b"\r\n")
-    left = stream
-    with connect(start()) as client:
-        while left:
-            size = chance.randrange(1, 200)
-            client.sendall(left[:size])
-            left = left[size:]
-        client.shutdown(socket.SHUT_WR)
-        assert read_all(client) == rule(stream)
-
-
-def test_a_line_comes_back_as_soon_as_it_is_complete_and_no_part_of_one_before(start):
-    with connect(start()) as client:
-        client.sendall(b"hel")
-        client.settimeout(0.1)
-        with pytest.raises(socket.timeout):
-            client.recv(1)
-        client.settimeout(PATIENCE)
-        client.sendall(b"lo\r\nwor")
-        assert client.recv(100) == b"hello\r\n"
-        client.sendall(b"ld\r\n\r\n")
-        assert read(client, 9) == b"world\r\n\r\n"
 
 
 def test_a_long_line_in_small_pieces_is_searched_once():
@@ -320,11 +276,7 @@ def test_bare_lf_is_explained_once_per_connection_by_a_warning(start, caplog):
 
 @pytest.mark.parametrize(
     ("data", "options"),
-    [
-        (b"a\nb\r\nc\r", {}),
-        (b"a\nb", {"lf": True}),
-        (b"\n" * 12, {"max_line": LIMIT}),
-    ],
+    [(b"a\nb\r\nc\r", {}), (b"a\nb", {"lf": True}), (b"\n" * 12, {"max_line": 10})],
 )
 def test_there_is_no_hint_where_no_line_waits_for_its_cr(start, data, options, caplog):
     with connect(start(**options)) as client:
@@ -354,25 +306,22 @@ def test_a_client_that_does_not_read_is_not_read_from(start):
     server = start()
     with connect(server) as stalled, connect(server) as other:
         flood(stalled)
-        with within(1):
+        with takes(0, 1):
             assert ask(other)
 
 
-def test_a_client_that_half_closes_and_reads_late_gets_every_byte(start):
+@pytest.mark.parametrize("name", ["Default", "Poll", "Select"])
+def test_a_client_that_half_closes_and_reads_late_gets_every_byte(
+    start, name, monkeypatch
+):
+    selector = getattr(selectors, f"{name}Selector", None)
+    if not selector:
+        pytest.skip(f"this platform has no {name}Selector")
+    monkeypatch.setattr(selectors, "DefaultSelector", selector)
     with connect(start()) as client:
         sent = flood(client)
         client.shutdown(socket.SHUT_WR)
         assert same(read_all(client), rule(sent))
-
-
-def test_after_a_stall_a_client_is_served_as_before(start):
-    with connect(start()) as client:
-        sent = flood(client)
-        expected = rule(sent)
-        assert same(read(client, len(expected)), expected)
-        client.sendall(LINE[len(sent) - len(expected) :])  # the rest of the last line
-        assert read(client, len(LINE)) == LINE
-        assert ask(client)
 
 
 def wake_ups_and_cpu(pid):
@@ -386,10 +335,9 @@ def wake_ups_and_cpu(pid):
 @needs_linux
 def test_waiting_costs_no_system_call_and_no_cpu(run):
     script = run("0")
-    address = script.addresses[0]
     with contextlib.ExitStack() as stack:
         _silent, half_line, stalled, half_closed = clients = [
-            stack.enter_context(connect(address)) for _ in range(4)
+            stack.enter_context(connect(script)) for _ in range(4)
         ]
         assert all(ask(client) for client in clients)
         half_line.sendall(b"hel")
@@ -420,24 +368,39 @@ def test_a_reset_ends_that_client_alone(start, state, caplog):
         assert f" disconnected: {reason}, " in " ".join(caplog.messages)
 
 
+def os_error(number):
+    return OSError(number, os.strerror(number))
+
+
+def fail_once(monkeypatch, method, error):
+    """Let a method of all sockets raise an error, then work again."""
+    real, errors = getattr(socket.socket, method), [error]
+
+    def stand_in(*arguments):
+        if errors:
+            raise errors.pop()
+        return real(*arguments)
+
+    monkeypatch.setattr(socket.socket, method, stand_in)
+
+
 @pytest.mark.parametrize(
-    ("error", "reason"),
-    [(number, os.strerror(number)) for number in (errno.ETIMEDOUT, errno.ENOBUFS)]
-    + [(MemoryError(), "out of memory")],
+    "error",
+    [os_error(errno.ETIMEDOUT), os_error(errno.ENOBUFS), MemoryError()],
+    ids=str,
 )
 @pytest.mark.parametrize("method", ["recv_into", "send"])
-def test_an_error_ends_that_client_alone(
-    start, method, error, reason, monkeypatch, caplog
-):
+def test_an_error_ends_that_client_alone(start, method, error, monkeypatch, caplog):
     server = start()
     with connect(server) as other, connect(server) as victim:
         assert ask(other)
         assert ask(victim)
-        fail(monkeypatch, method, error)
+        fail_once(monkeypatch, method, error)
         victim.sendall(b"hello\r\n")
         with contextlib.suppress(ConnectionError):  # Some of its bytes are not read.
             assert read_all(victim) == b""
         assert ask(other)
+    reason = getattr(error, "strerror", "out of memory")
     assert f" disconnected: {reason}, 16 bytes echoed, " in " ".join(caplog.messages)
 
 
@@ -451,50 +414,49 @@ def test_an_end_reaches_a_client_whose_socket_a_forked_child_has_too(start):
             signal.pause()
         try:
             assert read_all(client) == b""
+            client.shutdown(socket.SHUT_WR)  # The child has this socket, too.
             server.shutdown()
             server.thread.join(PATIENCE)
-            with pytest.raises(ConnectionRefusedError):
-                connect(server)
+            assert refused(server.addresses[0])
         finally:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
 
 
 def test_idle_clients_go_whatever_they_wait_for_and_a_busy_one_stays(start, caplog):
-    server = start(idle_timeout=1.0)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(takes(0.6, 4))
+        server = start(idle_timeout=0.6)
         quiet, half, stalled, busy = (
             stack.enter_context(connect(server)) for _ in "1234"
         )
         half.sendall(b"hel")
         flood(stalled)
-        started = time.monotonic()
         idle = []
-        while len(idle) < 3 and time.monotonic() - started < PATIENCE:
+        while len(idle) < 3:
             assert ask(busy)
-            idle = [text for text in caplog.messages if ": idle for 1 s, " in text]
+            idle = [text for text in caplog.messages if ": idle for 0.6 s, " in text]
         assert len(idle) == 3
-        assert 0.4 < time.monotonic() - started < 4
         assert read_all(quiet) == read_all(half) == b""
 
 
 @needs_signals
 def test_a_server_that_was_stopped_looks_before_it_calls_a_client_idle(run):
-    script = run("0", "--idle-timeout", "0.6")
-    with connect(script.addresses[0]) as client:
+    script = run("0", "--idle-timeout", "0.5")
+    with connect(script) as client:
         assert ask(client)
-        script.send(signal.SIGSTOP)
+        script.process.send_signal(signal.SIGSTOP)
         client.sendall(b"meanwhile\r\n")
-        time.sleep(1)  # longer than the timeout
-        script.send(signal.SIGCONT)
+        time.sleep(0.7)  # longer than the timeout
+        script.process.send_signal(signal.SIGCONT)
         assert read(client, 11) == b"meanwhile\r\n"
 
 
 def test_a_slow_but_steady_reader_is_not_idle(start):
-    with connect(start(idle_timeout=0.7)) as client:
+    with connect(start(idle_timeout=0.5)) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         sent, got = flood(client), b""
-        deadline = time.monotonic() + 2.5
+        deadline = time.monotonic() + 1.6
         while time.monotonic() < deadline:
             time.sleep(0.05)  # A slow reader waits.
             got += client.recv(1 << 15)
@@ -519,77 +481,62 @@ def test_clients_that_come_and_go_leave_nothing_behind(start):
         eventually(lambda: open_descriptors() == before)
 
 
-@pytest.mark.parametrize("name", ["PollSelector", "SelectSelector"])
-def test_selectors_behave_the_same(start, name, monkeypatch):
-    if not hasattr(selectors, name):
-        pytest.skip(f"this platform has no {name}")
-    monkeypatch.setattr(selectors, "DefaultSelector", getattr(selectors, name))
-    server = start()
-    with connect(server) as stalled, connect(server) as other:
-        sent = flood(stalled)
-        assert ask(other)
-        stalled.shutdown(socket.SHUT_WR)
-        assert same(read_all(stalled), rule(sent))
+OPTIONS = {  # of accepted sockets, as the system reports them
+    "SO_KEEPALIVE": 1,
+    "TCP_KEEPIDLE": 300,
+    "TCP_KEEPINTVL": 75,
+    "TCP_KEEPCNT": 3,
+    "TCP_NODELAY": 1,
+    "TCP_NOTSENT_LOWAT": 131072,
+}
 
 
-@pytest.mark.parametrize(
-    ("level", "name", "value"),
-    [
-        ("SOL_SOCKET", "SO_KEEPALIVE", 1),
-        ("IPPROTO_TCP", "TCP_KEEPIDLE", 300),
-        ("IPPROTO_TCP", "TCP_KEEPINTVL", 75),
-        ("IPPROTO_TCP", "TCP_KEEPCNT", 3),
-        ("IPPROTO_TCP", "TCP_NODELAY", 1),
-        ("IPPROTO_TCP", "TCP_NOTSENT_LOWAT", 131072),
-    ],
-)
-def test_accepted_sockets_have_their_options_from_the_listener(level, name, value):
+@pytest.mark.parametrize("name", OPTIONS)
+def test_accepted_sockets_have_their_options_from_the_listener(name):
     if not hasattr(socket, name):
         pytest.skip(f"this system has no {name}")
     (listener,) = echo.listen(0, "127.0.0.1")
     with listener, connect(listener.getsockname()):
         listener.setblocking(True)
-        sock, _ = listener.accept()
-        with sock:
-            number = getattr(socket, level), getattr(socket, name)
-            assert sock.getsockopt(*number) in (value, value * 4)
+        with listener.accept()[0] as sock:
+            level = socket.SOL_SOCKET if name[:3] == "SO_" else socket.IPPROTO_TCP
+            value = sock.getsockopt(level, getattr(socket, name))
+            assert value in (OPTIONS[name], 4 * OPTIONS[name])  # macOS counts so
 
 
 # Limits
 
-TOO_LONG = {  # what is sent: what comes back, at a limit of LIMIT bytes a line
-    b"x" * 10 + b"\r\n": b"x" * 10 + b"\r\n",
-    b"x" * 11 + b"\r\n": b"",
-    b"x" * 12: b"",
-    b"x" * 10 + b"\r\r\n": b"",
-    b"a\r\n" + b"x" * 11 + b"\r\nb\r\n": b"a\r\n",
-    b"a\r\n" * 9 + b"\r" * 11 + b"\r\nb\r\n": b"a\r\n" * 9,
-    b"x" * 10 + b"\r\n" + b"\n" * 12 + b"\r\n": b"x" * 10 + b"\r\n",
-}
+TOO_LONG = [  # What is sent; what comes back, at 10 bytes a line; what ends a line.
+    (b"x" * 10 + b"\r\n", b"x" * 10 + b"\r\n", b"\r\n"),
+    (b"x" * 11 + b"\r\n", b"", b"\r\n"),
+    (b"x" * 12, b"", b"\r\n"),
+    (b"x" * 10 + b"\r\r\n", b"", b"\r\n"),
+    (b"a\r\n" + b"x" * 11 + b"\r\nb\r\n", b"a\r\n", b"\r\n"),
+    (b"a\r\n" * 9 + b"\r" * 11 + b"\r\nb\r\n", b"a\r\n" * 9, b"\r\n"),
+    (b"x" * 10 + b"\r\n" + b"\n" * 12 + b"\r\n", b"x" * 10 + b"\r\n", b"\r\n"),
+    (b"x" * 9 + b"\n", b"x" * 9 + b"\n", b"\n"),
+    (b"x" * 10 + b"\n", b"x" * 10 + b"\n", b"\n"),
+    (b"x" * 11 + b"\n", b"", b"\n"),
+]
 
 
-@pytest.mark.parametrize(("stream", "echoed"), TOO_LONG.items())
-def test_a_line_over_the_limit_is_the_last_one_however_it_is_cut(stream, echoed):
+@pytest.mark.parametrize(("stream", "echoed", "terminator"), TOO_LONG)
+def test_a_line_over_the_limit_is_the_last_one_however_it_is_cut(
+    stream, echoed, terminator
+):
     places = itertools.combinations_with_replacement(range(len(stream)), 2)
     threes = [[stream[:i], stream[i:j], stream[j:]] for i, j in places]
     for pieces in [[bytes([byte]) for byte in stream], *threes]:
-        got, rest = framed([p for p in pieces if p], max_line=LIMIT)
+        got, rest = framed([p for p in pieces if p], terminator, max_line=10)
         assert got == echoed
-        assert (len(rest) >= LIMIT + 2) == (got != stream)
+        assert (len(rest) >= 10 + len(terminator)) == (got != stream)
 
 
-@pytest.mark.parametrize("count", [9, 10, 11])
-def test_the_limit_of_lf_lines_does_not_count_the_lf(count):
-    line = b"x" * count + b"\n"
-    got, rest = framed([line], b"\n", LIMIT)
-    assert (got, rest) == ((line, b"") if count <= LIMIT else (b"", line))
-
-
-@pytest.mark.parametrize(("stream", "echoed"), TOO_LONG.items())
+@pytest.mark.parametrize(("stream", "echoed", "terminator"), TOO_LONG)
 def test_a_client_over_the_limit_reads_the_lines_before_it_and_eof(
-    start, stream, echoed
+    start, stream, echoed, terminator
 ):
-    with connect(start(max_line=LIMIT)) as client:
+    with connect(start(max_line=10, lf=terminator == b"\n")) as client:
         client.sendall(stream)
         if stream == echoed:
             client.shutdown(socket.SHUT_WR)
@@ -599,9 +546,9 @@ def test_a_client_over_the_limit_reads_the_lines_before_it_and_eof(
 def test_a_client_that_goes_on_sending_after_the_end_reads_all_it_is_owed(
     start, monkeypatch, caplog
 ):
-    monkeypatch.setattr(echo.EchoServer, "LINGER", 2.0)
+    monkeypatch.setattr(echo.EchoServer, "LINGER", 1.0)
     lines = LINE * 400  # more than its kernel takes: a reset would destroy the rest
-    with connect(start(max_line=2000)) as client, within(8):
+    with connect(start(max_line=2000)) as client, takes(0, 8):
         client.sendall(lines + b"x" * 2002)
         for _ in range(20):
             client.sendall(b"late" * 100)
@@ -609,9 +556,8 @@ def test_a_client_that_goes_on_sending_after_the_end_reads_all_it_is_owed(
         with pytest.raises(ConnectionError):
             while True:
                 client.sendall(b"x" * 1000)
-    assert any(
-        ": line longer than 2000 bytes, 409600 bytes" in t for t in caplog.messages
-    )
+    reason = ": line longer than 2000 bytes, 409600 bytes"
+    eventually(lambda: reason in caplog.messages[-1])
 
 
 def test_client_n_plus_one_waits_and_is_served_when_one_leaves(start, caplog):
@@ -633,40 +579,37 @@ def test_select_is_not_given_more_sockets_than_it_can_watch(start, monkeypatch):
     with connect(server) as first, connect(server) as waiting:
         waiting.sendall(b"hello\r\n")
         assert ask(first)
-        waiting.settimeout(0.1)
-        with pytest.raises(socket.timeout):
-            waiting.recv(1)
+        assert is_silent(waiting)
 
 
 SHORTAGES = [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM]
 
 
-@pytest.mark.parametrize("error", [*SHORTAGES, MemoryError()], ids=str)
+@pytest.mark.parametrize("error", [*map(os_error, SHORTAGES), MemoryError()], ids=str)
 def test_out_of_descriptors_accepting_rests_and_the_others_are_served(
     start, error, monkeypatch, caplog
 ):
-    monkeypatch.setattr(echo.EchoServer, "REST", 0.3)
+    monkeypatch.setattr(echo.EchoServer, "REST", 0.2)
     server = start()
     with connect(server) as inside:
         assert ask(inside)
-        started = time.monotonic()
-        fail(monkeypatch, "accept", error)
-        with connect(server) as waiting:
-            assert ask(inside)
-            assert ask(waiting)
-        assert 0.3 <= time.monotonic() - started < 3
+        with takes(0.2, 3):
+            fail_once(monkeypatch, "accept", error)
+            with connect(server) as waiting:
+                assert ask(inside)
+                assert ask(waiting)
     (warning,) = [t for t in caplog.messages if t.startswith("cannot accept: ")]
-    reason = os.strerror(error) if isinstance(error, int) else "out of memory"
-    assert warning == f"cannot accept: {reason}; next try in 0.3 s"
+    reason = getattr(error, "strerror", "out of memory")
+    assert warning == f"cannot accept: {reason}; next try in 0.2 s"
 
 
-@pytest.mark.parametrize("error", [errno.ECONNABORTED, errno.EPROTO, errno.EPERM])
+@pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EPROTO, errno.EPERM])
 def test_an_error_of_one_connection_makes_nobody_wait(
-    start, error, monkeypatch, caplog
+    start, number, monkeypatch, caplog
 ):
     server = start()
-    fail(monkeypatch, "accept", error)
-    with connect(server) as client, within(0.9):
+    fail_once(monkeypatch, "accept", os_error(number))
+    with connect(server) as client, takes(0, 0.9):
         assert ask(client)
     assert not [r for r in caplog.records if r.levelno > logging.INFO]
 
@@ -674,13 +617,14 @@ def test_an_error_of_one_connection_makes_nobody_wait(
 @needs_signals
 def test_the_soft_limit_of_descriptors_is_raised(run):
     shell = ("sh", "-c", 'ulimit -S -n 40; exec "$@"', "sh")
-    script = run("-b", "127.0.0.1", "0", "--max-clients", "60", ready=1, prefix=shell)
+    script = run("-b", "127.0.0.1", "0", "--max-clients", "60", prefix=shell)
     with contextlib.ExitStack() as stack:
         for _ in range(60):
-            assert ask(stack.enter_context(connect(script.addresses[0])))
+            assert ask(stack.enter_context(connect(script)))
     shell = ("sh", "-c", 'ulimit -n 40; exec "$@"', "sh")
     script = run("-q", "0", "--max-clients", "60", prefix=shell)
     assert script.line() == "too few descriptors for 60 clients: see ulimit -n"
+    assert script.stop() == (0, [], b"")
 
 
 # Stopping
@@ -693,7 +637,7 @@ def test_a_signal_ends_it_with_status_0_though_clients_sit_idle(run, number):
     with connect(script.addresses[0]) as client, connect(script.addresses[-1]) as half:
         half.sendall(b"hel")
         assert ask(client)
-        with within(1):
+        with takes(0, 1):
             status, lines, err = script.stop(number)
         assert (status, err) == (0, b"")
         assert read_all(client) == read_all(half) == b""
@@ -703,27 +647,17 @@ def test_a_signal_ends_it_with_status_0_though_clients_sit_idle(run, number):
 @needs_signals
 def test_those_who_came_before_the_stop_are_answered(run):
     script = run("0")
-    script.send(signal.SIGSTOP)
+    script.process.send_signal(signal.SIGSTOP)
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(connect(script.addresses[0])) for _ in range(50)]
+        clients = [stack.enter_context(connect(script)) for _ in range(50)]
         for client in clients:
             client.sendall(b"hello\r\n")
-        script.send(signal.SIGTERM)
-        script.send(signal.SIGCONT)
+        script.process.send_signal(signal.SIGTERM)
+        script.process.send_signal(signal.SIGCONT)
         for client in clients:
             assert read_all(client) == b"hello\r\n"
             client.close()
     assert script.stop()[0] == 0
-
-
-def refused(server):
-    try:
-        connect(server).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        pass  # It was still in the queue.
-    return False
 
 
 def test_stopping_sends_a_slow_reader_all_that_is_owed_and_refuses_new_ones(start):
@@ -731,7 +665,7 @@ def test_stopping_sends_a_slow_reader_all_that_is_owed_and_refuses_new_ones(star
     with connect(server) as slow:
         sent = flood(slow)
         server.shutdown()
-        eventually(lambda: refused(server))
+        eventually(lambda: refused(server.addresses[0]))
         got = read_all(slow)
     assert same(got, rule(sent[: len(got)]))
     assert len(got) > 1 << 16
@@ -739,16 +673,15 @@ def test_stopping_sends_a_slow_reader_all_that_is_owed_and_refuses_new_ones(star
 
 def test_stopping_waits_no_longer_than_promised_and_says_so(start, monkeypatch, caplog):
     assert echo.EchoServer.LINGER == 5
-    monkeypatch.setattr(echo.EchoServer, "LINGER", 0.6)
+    monkeypatch.setattr(echo.EchoServer, "LINGER", 0.3)
     server = start()
     with connect(server) as client:
         flood(client)
-        started = time.monotonic()
-        server.shutdown()
-        server.thread.join(PATIENCE)
-        assert 0.6 <= time.monotonic() - started < 2
+        with takes(0.3, 2):
+            server.shutdown()
+            server.thread.join(PATIENCE)
     (notice,) = [text for text in caplog.messages if text.startswith("stopping: ")]
-    assert "clients left: 1, for 0.6 s at most; a second signal ends it" in notice
+    assert "clients left: 1, for 0.3 s at most; a second signal ends it" in notice
 
 
 @needs_linux
@@ -770,33 +703,31 @@ def test_one_that_is_ended_has_a_moment_to_hang_up_and_is_then_gone(start):
     server = start()
     with connect(server) as client:
         assert ask(client)
-        started = time.monotonic()
-        server.shutdown()
-        assert read_all(client) == b""
-        assert time.monotonic() - started < 0.4
-        server.thread.join(PATIENCE)
-        assert 0.5 <= time.monotonic() - started < 1.5
+        with takes(0.5, 1.5):
+            server.shutdown()
+            with takes(0, 0.4):
+                assert read_all(client) == b""
+            server.thread.join(PATIENCE)
 
 
 @needs_signals
 def test_a_second_signal_ends_it_at_once_but_not_within_a_second(run):
     script = run("0")
-    with connect(script.addresses[0]) as client:
+    with connect(script) as client:
         flood(client)
-        started = time.monotonic()
-        script.send(signal.SIGTERM)
-        script.send(signal.SIGINT)
-        time.sleep(1.1)  # longer than a wrapper takes to send a signal on
-        assert script.process.poll() is None
-        assert script.stop()[::2] == (0, b"")
-        assert time.monotonic() - started < 3
+        with takes(0, 3):
+            script.process.send_signal(signal.SIGTERM)
+            script.process.send_signal(signal.SIGINT)
+            time.sleep(1.1)  # longer than a wrapper takes to send a signal on
+            assert script.process.poll() is None
+            assert script.stop()[::2] == (0, b"")
 
 
 @needs_signals
 def test_signals_may_come_at_any_time(run):
     script = run("0", "-q")
     while script.process.poll() is None:
-        script.send(signal.SIGTERM)
+        script.process.send_signal(signal.SIGTERM)
     assert script.process.returncode == 0
     assert script.process.stderr.read() == b""
 
@@ -807,10 +738,7 @@ def test_a_background_job_where_sigint_comes_ignored_can_be_interrupted(run):
     assert script.stop(signal.SIGINT)[::2] == (0, b"")
 
 
-@pytest.mark.skipif(
-    not shutil.which("unshare") or getattr(os, "geteuid", lambda: 1)() != 0,
-    reason="needs root and unshare",
-)
+@needs(shutil.which("unshare") and os.geteuid() == 0, "needs root and unshare")
 def test_as_pid_1_it_can_be_terminated(run):
     script = run("0", prefix=("unshare", "--pid", "--fork", "--kill-child"))
     pid = script.process.pid
@@ -821,13 +749,57 @@ def test_as_pid_1_it_can_be_terminated(run):
 
 @needs_signals
 def test_it_can_be_started_again_at_once_on_the_same_port(run):
-    script = run("-b", "127.0.0.1", "0", ready=1)
-    with connect(script.addresses[0]) as client:
+    script = run("-b", "127.0.0.1", "0")
+    with connect(script) as client:
         assert ask(client)
-        assert script.stop()[0] == 0
-        again = run("-b", "127.0.0.1", str(script.addresses[0][1]), ready=1)
-        with connect(again.addresses[0]) as other:
-            assert ask(other)
+        script.process.send_signal(signal.SIGTERM)
+        assert read_all(client) == b""  # The server closes first: its port must rest.
+    assert script.stop()[0] == 0
+    again = run("-b", "127.0.0.1", str(script.addresses[0][1]))
+    with connect(again) as other:
+        assert ask(other)
+
+
+# The recipes of the README
+
+
+def block(language, beginning=""):
+    """Return the only block of code in the README that begins so."""
+    with open(os.path.join(FOLDER, "README.md"), encoding="utf-8") as readme:
+        blocks = rf"^```{language}\n({beginning}.*?)^```$"
+        (text,) = re.findall(blocks, readme.read(), re.M | re.S)
+    return text
+
+
+def in_folder(folder, *command, **variables):
+    """Run a command in a folder; return its status and what it printed."""
+    options = {"capture_output": True, "timeout": 3 * PATIENCE, "cwd": folder}
+    done = subprocess.run(command, env={**BUFFERED, **variables}, **options)
+    return done.returncode, (done.stdout + done.stderr).decode()
+
+
+@needs_signals
+def test_the_recipe_for_a_ci_job_works_twice(tmp_path):
+    os.symlink(sys.executable, tmp_path / "python3")
+    os.symlink(SCRIPT, tmp_path / "echo.py")
+    step = ("sh", "-c", block("sh", r"\(\n  set -e\n"))
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    for _ in range(2):
+        assert in_folder(tmp_path, *step, PATH=path) == (0, "b'hello\\r\\n'\n")
+        log = (tmp_path / "echo.log").read_text()
+        assert " disconnected: closed by client, 7 bytes" in log
+    (tmp_path / "echo.py").unlink()
+    status, printed = in_folder(tmp_path, *step, PATH=path)
+    assert status == 1
+    assert "did not start" in printed
+
+
+def test_the_pytest_fixture_works_twice(tmp_path):
+    (tmp_path / "test_it.py").write_text(block("python"))
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    for _ in range(2):
+        status, printed = in_folder(tmp_path, *command, PYTHONPATH=FOLDER)
+        assert (status, "1 passed" in printed) == (0, True)
 
 
 # PART TWO: EVERY SCHEDULE
@@ -851,7 +823,7 @@ def answer(stream, max_line):
 
 
 def raise_error(error):
-    raise MemoryError if error is MemoryError else OSError(error, os.strerror(error))
+    raise error if error is MemoryError else os_error(error)
 
 
 class Choices:
@@ -908,18 +880,19 @@ class Kernel:
         def note(text, *values):
             self.log.append(text % values)
 
-        fakes = {
-            "create_server": lambda *_, **__: Listener(self),
-            "socketpair": lambda: (Wake(self), Wake(self)),
-            "DefaultSelector": lambda: Selector(self),
-            "monotonic": lambda: self.now,
-            "info": note,
-            "warning": note,
-        }
+        fakes = [
+            (socket, "create_server", lambda *_, **__: Listener(self)),
+            (socket, "socketpair", lambda: (Wake(self), Wake(self))),
+            (selectors, "DefaultSelector", lambda: Selector(self)),
+            (time, "monotonic", lambda: self.now),
+            (echo.log, "info", note),
+            (echo.log, "warning", note),
+            # The same place in a set each time, so that a schedule can be replayed:
+            (echo.Client, "__hash__", lambda c: int(c.name.rpartition(":")[2])),
+        ]
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("socket", "selectors", "time", "log"):
-                patch.setattr(echo, name, StandIn(getattr(echo, name), **fakes))
-            patch.setattr(echo, "Client", OrderedClient)
+            for owner, name, fake in fakes:
+                patch.setattr(owner, name, fake)
             self.server = echo.EchoServer(0, "127.0.0.1", **self.limits)
             self.faults, self.stops = self.budget
             self.server.serve_forever()
@@ -966,7 +939,7 @@ class Kernel:
             assert not client.failed, "a connection that has failed is open"
             key = self.selectors[-1].keys.get(client)
             assert key, "it does not wait for a client"
-            wanted = EVENT_WRITE if client.owed() else EVENT_READ
+            wanted = selectors.EVENT_WRITE if client.owed() else selectors.EVENT_READ
             assert key.events == wanted, "it waits for the wrong event"
             too_long = client.is_too_long() and not client.owed()
             assert client.ended or not too_long, "too long a line ended nothing"
@@ -984,24 +957,6 @@ class Kernel:
         logged = re.findall(pattern, "\n".join(self.log) + "\n")
         real = [(c.port, len(c.sent), len(c.read) - len(c.sent)) for c in self.accepted]
         assert sorted(tuple(map(int, n)) for n in logged) == sorted(real), "wrong log"
-
-
-class StandIn:
-    """Looks like a module, but for some names."""
-
-    def __init__(self, module, **names):
-        self.__dict__.update(names)
-        self.module = module
-
-    def __getattr__(self, name):
-        return getattr(self.module, name)
-
-
-class OrderedClient(echo.Client):
-    """Has the same place in a set each time, so that a schedule can be replayed."""
-
-    def __hash__(self):
-        return int(self.name.rpartition(":")[2])
 
 
 class Socket(contextlib.AbstractContextManager):
@@ -1105,7 +1060,7 @@ class Connection(Socket):
 
     def is_ready(self, event):
         can_read = self.unread or self.kernel.hangs_up or self.gone
-        return event == EVENT_WRITE or bool(can_read)
+        return event == selectors.EVENT_WRITE or bool(can_read)
 
     def recv_into(self, buffer):
         assert self.begin_call(), "it reads twice, or from who is not ready"
@@ -1252,7 +1207,7 @@ def test_every_schedule_of_every_short_stream(streams, setup):
         decisions = replay(streams, decisions, **setup).following()
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(40))
 def test_random_schedules_of_long_streams(seed):
     draw = random.Random(seed)
     pieces = [b"\r\n", b"\r\n", b"\r", b"\n", b"a", b"b", b"c", b"d"]
@@ -1270,9 +1225,9 @@ def test_random_schedules_of_long_streams(seed):
 # PART THREE: THE COMMAND LINE, THE LOG, THE MODULE
 
 
-def end(*arguments, **options):
+def end(*arguments):
     """Run the script, which is to end by itself; return status, stdout and stderr."""
-    options = {"capture_output": True, "timeout": PATIENCE, "env": BUFFERED, **options}
+    options = {"capture_output": True, "timeout": PATIENCE, "env": BUFFERED}
     done = subprocess.run([sys.executable, SCRIPT, *arguments], **options)
     out, err = (text.decode().replace("\r", "") for text in (done.stdout, done.stderr))
     return done.returncode, out, err
@@ -1285,56 +1240,60 @@ def test_by_default_it_listens_on_both_loopbacks_on_port_12321(run):
     assert run().addresses == [(host, 12321) for host in LOOPBACKS]
 
 
-@needs_ipv6
-def test_port_0_is_the_same_free_port_on_both_loopbacks(monkeypatch):
-    with echo.EchoServer(0) as server:
-        (_, port), (_, other) = server.addresses
-        assert port == other != 0
-    refuse_family(monkeypatch, socket.AF_INET6, errno.EADDRINUSE)
-    with echo.EchoServer(0) as server:
-        assert len({port for _, port in server.addresses}) == 1
-    refuse_family(monkeypatch, socket.AF_INET6, errno.EADDRINUSE, 1000)
-    with pytest.raises(OSError, match=r"cannot listen on \[::1\]:\d+: "):
-        echo.EchoServer(0)
-
-
-def refuse_family(monkeypatch, family, number, times=1):
-    """Let socket.create_server fail for this family, so many times."""
+def refuse_ipv6(monkeypatch, number, times):
+    """Let socket.create_server fail for IPv6, so many times."""
     real, failures = socket.create_server, [OSError(number, "no (while ...)")] * times
 
     def stand_in(address, **options):
-        if options["family"] == family and failures:
+        if options["family"] == socket.AF_INET6 and failures:
             raise failures.pop()
         return real(address, **options)
 
     monkeypatch.setattr(socket, "create_server", stand_in)
 
 
-@pytest.mark.parametrize("number", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
-def test_without_ipv6_127_0_0_1_must_do_unless_ipv6_was_asked_for(number, monkeypatch):
-    both = [
-        (socket.AF_INET6, 6, 0, "", ("::1", 0, 0, 0)),
-        (socket.AF_INET, 6, 0, "", ("127.0.0.1", 0)),
-    ]
-    refuse_family(monkeypatch, socket.AF_INET6, number, 3)
-    with echo.EchoServer(0) as server:
-        assert [host for host, _ in server.addresses] == ["127.0.0.1"]
-    with pytest.raises(OSError, match=r"cannot listen on \[::1\]:\d+: no$"):
-        echo.EchoServer(0, ["127.0.0.1", "::1"])
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
-    with echo.EchoServer(0, "localhost") as server:
-        assert [host for host, _ in server.addresses] == ["127.0.0.1"]
-
-
 @needs_ipv6
-def test_a_name_stands_for_each_of_its_addresses(monkeypatch):
+def test_port_0_is_the_same_free_port_on_both_loopbacks(monkeypatch):
+    for failures in 0, 1:
+        refuse_ipv6(monkeypatch, errno.EADDRINUSE, failures)
+        with echo.EchoServer(0) as server:
+            (_, port), (_, other) = server.addresses
+            assert port == other != 0
+    refuse_ipv6(monkeypatch, errno.EADDRINUSE, 1000)
+    with pytest.raises(OSError, match=r"cannot listen on \[::1\]:\d+: "):
+        echo.EchoServer(0)
+
+
+@pytest.fixture
+def localhost_has_both(monkeypatch):
+    """Let every name stand for both loopbacks, each of them found twice."""
     found = [
         (socket.AF_INET6, 6, 0, "", ("::1", 0, 0, 0)),
         (socket.AF_INET, 6, 0, "", ("127.0.0.1", 0)),
     ]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found * 2)
-    with echo.EchoServer(0, "localhost") as server:
-        assert [host for host, _ in server.addresses] == ["::1", "127.0.0.1"]
+
+
+def hosts_of(*hosts):
+    with echo.EchoServer(0, *hosts) as server:
+        return [host for host, _ in server.addresses]
+
+
+@needs_ipv6
+def test_a_name_stands_for_each_of_its_addresses(localhost_has_both):
+    assert hosts_of("localhost") == ["::1", "127.0.0.1"]
+
+
+@pytest.mark.parametrize("number", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
+def test_without_ipv6_the_ipv4_address_of_the_same_name_must_do(
+    localhost_has_both, number, monkeypatch
+):
+    refuse_ipv6(monkeypatch, number, 3)
+    assert hosts_of() == hosts_of("localhost") == ["127.0.0.1"]
+    monkeypatch.undo()
+    refuse_ipv6(monkeypatch, number, 1)
+    with pytest.raises(OSError, match=r"cannot listen on \[::1\]:\d+: no$"):
+        hosts_of(["127.0.0.1", "::1"])
 
 
 def test_a_scope_is_kept(monkeypatch):
@@ -1366,86 +1325,6 @@ def test_an_address_in_use_is_named_with_status_1_and_nothing_is_left_open():
     assert kept
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["x"], "argument port: invalid int value: 'x'"),
-        (["-1"], ""),
-        (["99999"], "port must be 0 to 65535, not 99999"),
-        (["--max-line", "0"], "--max-line must be above 0, not 0"),
-        (["--max-clients", "0"], "--max-clients must be above 0, not 0"),
-        (["--idle-timeout", "nan"], "--idle-timeout must be above 0, not nan"),
-        (["-b", ""], "hosts (-b) must not be ''"),
-        (["-b", "x" * 64], ""),
-        (["-q", "-v"], ""),
-    ],
-)
-def test_a_bad_argument_is_explained_with_status_2(arguments, message, main, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main("0", *arguments) if arguments[0][0] == "-" else main(*arguments)
-    assert exit.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_an_address_that_is_none_of_ours_is_named_with_status_1(main):
-    with pytest.raises(
-        SystemExit, match=r"^echo.py: cannot listen on 192.0.2.1:0: [^(]+$"
-    ):
-        main("-b", "192.0.2.1", "0")
-
-
-def test_a_name_that_stands_for_nothing_is_named_with_status_1(main, monkeypatch):
-    def stand_in(*_, **__):
-        raise socket.gaierror(-2, "unknown")
-
-    monkeypatch.setattr(socket, "getaddrinfo", stand_in)
-    with pytest.raises(
-        SystemExit, match=r"^echo.py: cannot listen on nothing.invalid:7: unknown$"
-    ):
-        main("-b", "nothing.invalid", "7")
-
-
-def test_version_and_help_are_printed_with_status_0():
-    assert end("--version") == (0, f"echo.py {echo.__version__}\n", "")
-    status, out, err = end("-h")
-    assert (status, err) == (0, "")
-    for text in (
-        "--bind ADDRESS",
-        "--lf",
-        "--max-line BYTES",
-        "--max-clients N",
-        "-q",
-        "-v",
-    ):
-        assert text in out
-
-
-@pytest.mark.skipif(os.name == "nt", reason="needs other Pythons")
-def test_an_older_python_shows_what_it_lacks():
-    with open(SCRIPT) as source:
-        lines = source.read().splitlines()
-    first = next(i for i, line in enumerate(lines) if ":=" in line)
-    assert "needs Python 3.8" in lines[first]
-    assert '# requires-python = ">=3.8"' in lines
-
-
-@needs_signals
-@pytest.mark.parametrize(
-    ("arguments", "sent", "expected"),
-    [
-        (["--lf"], b"a\nb\0", b"a\n"),
-        (["--max-line", "3"], b"abc\r\nabcd\r\n", b"abc\r\n"),
-        (["--idle-timeout", "0.5"], b"a\r\nb", b"a\r\n"),
-    ],
-)
-def test_options_reach_the_server(run, arguments, sent, expected):
-    with connect(run("0", *arguments).addresses[0]) as client:
-        client.sendall(sent)
-        if "--lf" in arguments:
-            client.shutdown(socket.SHUT_WR)
-        assert read_all(client) == expected
-
-
 @pytest.fixture
 def main(monkeypatch):
     """Run main() in this process, with its signals and its log put back afterwards."""
@@ -1464,23 +1343,105 @@ def main(monkeypatch):
     echo.log.setLevel(logging.NOTSET)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x"], "argument port: invalid int value: 'x'"),
+        (["-1"], ""),
+        (["-b", "x" * 64], ""),
+        (["-q", "-v"], ""),
+        (["65536"], "port must be 0 to 65535, not 65536"),
+        (["--max-line", "0"], "--max-line must be above 0, not 0"),
+        (["--max-clients", "0"], "--max-clients must be above 0, not 0"),
+        (["--idle-timeout", "nan"], "--idle-timeout must be above 0, not nan"),
+        (["-b", ""], "hosts (-b) must not be ''"),
+    ],
+)
+def test_a_bad_argument_is_explained_with_status_2(arguments, message, main, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(*arguments)
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("hosts", [[], ["127.0.0.1", ""]])
+def test_no_host_is_not_every_host(hosts):
+    with pytest.raises(ValueError, match=r"^hosts \(-b\) must not be ''$"):
+        echo.EchoServer(0, hosts)
+
+
+def test_an_address_that_is_none_of_ours_is_named_with_status_1(main):
+    message = r"^echo.py: cannot listen on 192.0.2.1:0: [^(]+$"
+    with pytest.raises(SystemExit, match=message):
+        main("-b", "192.0.2.1", "0")
+
+
+def test_a_name_that_stands_for_nothing_is_named_with_status_1(main, monkeypatch):
+    def stand_in(*_, **__):
+        raise socket.gaierror(-2, "unknown")
+
+    monkeypatch.setattr(socket, "getaddrinfo", stand_in)
+    message = r"^echo.py: cannot listen on nothing.invalid:7: unknown$"
+    with pytest.raises(SystemExit, match=message):
+        main("-b", "nothing.invalid", "7")
+
+
+def test_version_and_help_are_printed_with_status_0():
+    assert end("--version") == (0, f"echo.py {echo.__version__}\n", "")
+    status, out, err = end("-h")
+    assert (status, err) == (0, "")
+    options = (
+        "--bind ADDRESS",
+        "--lf",
+        "--max-line BYTES",
+        "--max-clients N",
+        "-q",
+        "-v",
+    )
+    assert all(option in out for option in options)
+
+
+def test_an_older_python_shows_what_it_lacks():
+    with open(SCRIPT) as source:
+        lines = source.read().splitlines()
+    first = next(line for line in lines if ":=" in line)  # the first that it rejects
+    assert "needs Python 3.8" in first
+    assert '# requires-python = ">=3.8"' in lines
+
+
+@needs_signals
+@pytest.mark.parametrize(
+    ("arguments", "sent", "expected"),
+    [
+        (["--lf"], b"a\nb\0", b"a\n"),
+        (["--max-line", "3"], b"abc\r\nabcd\r\n", b"abc\r\n"),
+        (["--idle-timeout", "0.3"], b"a\r\nb", b"a\r\n"),
+    ],
+)
+def test_options_reach_the_server(run, arguments, sent, expected):
+    with connect(run("0", *arguments)) as client:
+        client.sendall(sent)
+        if "--lf" in arguments:
+            client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == expected
+
+
 @needs_signals
 @pytest.mark.parametrize("late", [False, True])
 def test_main_serves_until_a_signal_comes_and_no_longer_after_a_late_one(
     main, monkeypatch, late
 ):
-    """The same as above from outside, where coverage can see it."""
     monkeypatch.setattr(echo, "SECOND_SIGNAL", 0 if late else 60)
+    close, closed = echo.EchoServer.close, []
+    monkeypatch.setattr(echo.EchoServer, "close", lambda s: closed.append(close(s)))
     receiver, sender = os.pipe()
 
     def play():
         port = int(out.readline().decode().rpartition(":")[2])
         with connect(("127.0.0.1", port)) as client:
-            assert ask(client)
-            flood(client)
+            ask(client)
             os.kill(os.getpid(), signal.SIGTERM)
-            if not late:
-                read_all(client)
+            read_all(client)
             os.kill(os.getpid(), signal.SIGTERM)
 
     with open(receiver, "rb") as out, open(sender, "w") as stdout:
@@ -1491,13 +1452,15 @@ def test_main_serves_until_a_signal_comes_and_no_longer_after_a_late_one(
         player.join(PATIENCE)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
         assert b"are you there" in out.read1(4096)
+        assert bool(closed) == late
 
 
 @needs_signals
 def test_a_signal_while_a_name_is_looked_up_ends_it_with_status_0(main, monkeypatch):
-    monkeypatch.setattr(
-        socket, "getaddrinfo", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
-    )
+    def stand_in(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(socket, "getaddrinfo", stand_in)
     with pytest.raises(SystemExit) as exit:
         main("-b", "localhost", "0")
     assert not exit.value.code
@@ -1508,27 +1471,23 @@ def test_a_signal_while_a_name_is_looked_up_ends_it_with_status_0(main, monkeypa
 
 @needs_signals
 def test_each_connection_is_logged_when_it_comes_and_when_it_leaves(run):
-    script = run("-b", "127.0.0.1", "0", ready=1)
-    for tail, reason in (
-        (b"", "closed by client"),
-        (b"hel", "closed by client in mid-line"),
-    ):
-        with connect(script.addresses[0]) as client:
+    script = run("-b", "127.0.0.1", "0")
+    for tail, where in (b"", ""), (b"hel", " in mid-line"):
+        with connect(script) as client:
             me = echo.endpoint(*client.getsockname())
             assert script.line() == f"{me} connected"
             assert ask(client, b"hello\r\n")
             client.sendall(tail)
             client.shutdown(socket.SHUT_WR)
-            counts = f"7 bytes echoed, {len(tail)} dropped"
-            assert script.line() == f"{me} disconnected: {reason}, {counts}"
+            end = f"closed by client{where}, 7 bytes echoed, {len(tail)} dropped"
+            assert script.line() == f"{me} disconnected: {end}"
 
 
 @needs_signals
 def test_quiet_prints_the_ready_lines_and_warnings_only(run):
     script = run("0", "-q")
-    with connect(script.addresses[0]) as client:
-        client.sendall(b"a\n\r\n")
-        assert read(client, 4) == b"a\n\r\n"
+    with connect(script) as client:
+        assert ask(client, b"a\n\r\n")
         client.sendall(b"b\n")
         assert "sent LF without CR" in script.line()
     assert script.stop() == (0, [], b"")
@@ -1538,7 +1497,7 @@ def test_quiet_prints_the_ready_lines_and_warnings_only(run):
 def test_verbose_prints_each_line_as_printable_ascii_and_cut_short(run):
     nasty = b"\0\x1b[2J\n127.0.0.1:1 connected\r\x7f\xff\xc3\xa9"
     script = run("0", "-v")
-    with connect(script.addresses[0]) as client:
+    with connect(script) as client:
         assert ask(client, nasty + b"\r\n" + b"y" * 500 + b"\r\n" + b"z" * 80 + b"\r\n")
         assert ask(client, b"\r\n" * 85)
     _, lines, _ = script.stop()
@@ -1561,12 +1520,12 @@ def test_the_log_is_ascii_in_whatever_language_the_system_names_an_error(
 
 @needs_signals
 def test_a_log_pipe_that_nobody_reads_stops_nobody(run):
-    script = run("-b", "127.0.0.1", "0", ready=1)
+    script = run("-b", "127.0.0.1", "0")
     for _ in range(1200):  # about 100 bytes of log each: more than a pipe holds
-        with connect(script.addresses[0]) as client:
+        with connect(script) as client:
             assert ask(client)
     script.process.stdout.close()
-    with connect(script.addresses[0]) as client:
+    with connect(script) as client:
         assert ask(client)
     script.process.stdout = None
     assert script.stop() == (0, [], b"")
@@ -1575,41 +1534,38 @@ def test_a_log_pipe_that_nobody_reads_stops_nobody(run):
 @needs_signals
 def test_a_terminal_that_nobody_reads_stops_nobody_and_stays_as_it_was(run):
     terminal, stdout = os.openpty()
-    try:
-        script = run("-b", "127.0.0.1", "0", ready=0, stdout=stdout)
+    with open(terminal, "rb", 0) as screen, open(stdout, "wb", 0):
+        script = run("-b", "127.0.0.1", "0", ready=False, stdout=stdout)
         ready = b""
         while b"\n" not in ready:
-            ready += os.read(terminal, 1000)
+            ready += screen.read(1000)
         port = int(ready.split()[-1].rpartition(b":")[2])
         for _ in range(300):
             with connect(("127.0.0.1", port)) as client:
                 assert ask(client)
         assert os.get_blocking(stdout)
         assert script.stop()[::2] == (0, b"")
-    finally:
-        os.close(terminal)
-        os.close(stdout)
 
 
 @needs_linux
 @pytest.mark.parametrize("how", [">/dev/full", ">&-", "2>&-", ">&- 2>&- <&-"])
 def test_without_a_usable_stdout_it_serves_on_and_the_log_goes_nowhere(run, how):
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+        address = free.getsockname()
     shell = ("sh", "-c", f'exec "$@" {how}', "sh")
-    script = run("-v", "-b", "127.0.0.1", str(port), ready=0, prefix=shell)
-    eventually(lambda: not refused(("127.0.0.1", port)))
-    with connect(("127.0.0.1", port)) as client:
+    arguments = "-v", "-b", "127.0.0.1", str(address[1])
+    script = run(*arguments, ready=False, prefix=shell)
+    eventually(lambda: not refused(address))
+    with connect(address) as client:
         assert ask(client)
         assert ask(client)
-        assert script.stop()[::2] == (0, b"")
-        assert read_all(client) == b""
+    assert script.stop()[::2] == (0, b"")
 
 
 # The module
 
 
-def test_import_starts_nothing_and_installs_no_handler():
+def test_import_starts_nothing_and_installs_no_handler(tmp_path):
     code = """
 import logging, signal, threading
 before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -1618,9 +1574,8 @@ assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTE
 assert not logging.getLogger("echo").handlers
 assert threading.active_count() == 1
 """
-    where = {"cwd": FOLDER, "capture_output": True, "timeout": PATIENCE}
-    done = subprocess.run([sys.executable, "-c", code], **where)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    command = (sys.executable, "-c", code)
+    assert in_folder(tmp_path, *command, PYTHONPATH=FOLDER) == (0, "")
 
 
 def test_shutdown_may_be_called_before_during_and_after_any_number_of_times(start):
@@ -1629,11 +1584,11 @@ def test_shutdown_may_be_called_before_during_and_after_any_number_of_times(star
         assert ask(client)
         for _ in range(3):
             server.shutdown()
-        server.thread.join(PATIENCE)
-        assert not server.thread.is_alive()
-        server.shutdown()
+    server.thread.join(PATIENCE)
+    assert not server.thread.is_alive()
+    server.shutdown()
     with echo.EchoServer(0) as early:
-        for _ in range(100000):
+        for _ in range(5000):  # more wake-ups than the socket pair holds
             early.shutdown()
         early.serve_forever()
         early.serve_forever()
@@ -1641,12 +1596,12 @@ def test_shutdown_may_be_called_before_during_and_after_any_number_of_times(star
 
 @pytest.mark.parametrize("how", ["shutdown", "close"])
 def test_it_may_be_stopped_from_its_own_thread(start, how, monkeypatch):
+    def stop(record):
+        if "disconnected" in record.msg:
+            getattr(server, how)()
+
     server = start()
-    monkeypatch.setattr(
-        echo.log,
-        "handle",
-        lambda record: "disconnected" in record.msg and getattr(server, how)(),
-    )
+    monkeypatch.setattr(echo.log, "handle", stop)
     with connect(server) as client:
         assert ask(client)
     server.thread.join(PATIENCE)
@@ -1661,7 +1616,7 @@ def test_close_ends_a_server_in_another_thread_and_its_clients(start, caplog):
         server.thread.join(PATIENCE)
         assert not server.thread.is_alive()
         assert read_all(client) == b""
-        assert refused(server)
+        assert refused(server.addresses[0])
     assert " disconnected: server closed, " in caplog.messages[-1]
     server.close()
 
@@ -1669,75 +1624,13 @@ def test_close_ends_a_server_in_another_thread_and_its_clients(start, caplog):
 def test_leaving_the_context_closes():
     with echo.EchoServer(0) as server:
         pass
-    assert refused(server)
+    assert refused(server.addresses[0])
     server.serve_forever()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"port": -1}, "port must be 0 to 65535, not -1"),
-        ({"port": 65536}, "port must be 0 to 65535, not 65536"),
-        ({"max_line": 0}, "max_line must be above 0, not 0"),
-        ({"max_clients": 0}, "max_clients must be above 0, not 0"),
-        ({"idle_timeout": math.nan}, "idle_timeout must be above 0, not nan"),
-        ({"hosts": ""}, "hosts (-b) must not be ''"),
-        ({"hosts": []}, "hosts (-b) must not be ''"),
-        ({"hosts": ["127.0.0.1", ""]}, "hosts (-b) must not be ''"),
-    ],
-)
-def test_what_is_out_of_range_is_refused_by_name(options, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        echo.EchoServer(**{"port": 0, **options})
 
 
 @needs_signals
 def test_no_resource_is_left_to_the_garbage_collector(run):
-    script = run("0", python=(sys.executable, "-X", "dev", "-W", "error"))
-    with connect(script.addresses[0]) as client:
+    script = run("0", python=("-X", "dev", "-W", "error"))
+    with connect(script) as client:
         assert ask(client)
-        assert script.stop()[::2] == (0, b"")
-
-
-def block(language, beginning=""):
-    """Return the only block of code in the README that begins so."""
-    with open(os.path.join(FOLDER, "README.md"), encoding="utf-8") as readme:
-        (text,) = re.findall(
-            rf"^```{language}\n({beginning}.*?)^```$", readme.read(), re.M | re.S
-        )
-    return text
-
-
-@needs_signals
-def test_the_recipe_for_a_ci_job_in_the_readme_works_twice(tmp_path):
-    recipe = block("sh", r"\(\n  set -e\n")
-    os.symlink(sys.executable, tmp_path / "python3")
-    os.symlink(SCRIPT, tmp_path / "echo.py")
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    options = {"cwd": tmp_path, "capture_output": True, "timeout": PATIENCE}
-    for _ in range(2):
-        done = subprocess.run(
-            ["sh", "-c", recipe], env={**BUFFERED, "PATH": path}, **options
-        )
-        assert (done.returncode, done.stdout) == (0, b"b'hello\\r\\n'\n"), done.stderr
-        assert (
-            b" disconnected: closed by client, 7 bytes"
-            in (tmp_path / "echo.log").read_bytes()
-        )
-    (tmp_path / "echo.py").unlink()
-    done = subprocess.run(
-        ["sh", "-c", recipe], env={**BUFFERED, "PATH": path}, **options
-    )
-    assert done.returncode == 1
-    assert b"did not start" in done.stdout
-
-
-def test_the_pytest_fixture_in_the_readme_works_twice(tmp_path):
-    (tmp_path / "test_it.py").write_text(block("python"))
-    where = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": FOLDER}}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    for _ in range(2):
-        done = subprocess.run(
-            command, capture_output=True, timeout=3 * PATIENCE, **where
-        )
-        assert b"1 passed" in done.stdout
+    assert script.stop()[::2] == (0, b"")
