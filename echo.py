@@ -67,10 +67,9 @@ def take_lines(
 
     A remainder of max_line + len(terminator) bytes or more is too long a line.
     """
-    # Optimization: a short chunk of whole lines passes through uncopied.
-    if not inbox and 1 < len(chunk) <= max_line and chunk[-1] == LF:
-        if chunk[-2] == CR or terminator == b"\n":
-            return chunk, inbox
+    # Optimization: a short chunk that CR LF ends is whole lines. They are not copied.
+    if not inbox and 1 < len(chunk) <= max_line and chunk[-1] == LF and chunk[-2] == CR:
+        return chunk, inbox
     searched = max(len(inbox) - 1, 0)  # A CR at its end may be waiting for its LF.
     inbox += chunk
     end = 0
