@@ -39,7 +39,7 @@ from typing import Any, Iterable, Union
 
 __version__ = "1.1.0"
 RECEIVE_SIZE = 1 << 17  # bytes that one read takes at most
-CR, LF = b"\r\n"
+CR, LF = b"\r\n"  # 13 and 10
 Bytes = Union[bytes, bytearray, memoryview]
 Hosts = Union[str, Iterable[str], None]
 log = logging.getLogger("echo")
@@ -149,7 +149,7 @@ class EchoServer:
             elif key.fileobj is self._wake_receiver:
                 with contextlib.suppress(OSError):
                     self._wake_receiver.recv(4096)
-            else:  # No more than are ready, so that newcomers do not delay them long.
+            else:  # A listener. A flood of newcomers must not delay who is ready, too.
                 self._accept(key.fileobj, len(ready))
         if asked >= self._deadline:  # Now all that came before `asked` is served.
             self._check_deadlines(asked)
@@ -172,6 +172,7 @@ class EchoServer:
                 self._watch(client)
 
     def _watch(self, client: Client) -> None:
+        """Wait for a new client; with a new selector, for each one again."""
         try:
             client.sock.setblocking(False)
             event = EVENT_WRITE if client.outbox else EVENT_READ
@@ -214,7 +215,7 @@ class EchoServer:
 
     def _send(self, client: Client, data: Bytes) -> None:
         """Send once: new lines, or the outbox. The outbox keeps what did not fit."""
-        owed = data is client.outbox
+        owed = data is client.outbox  # or else it is owed nothing yet
         # New lines are tried at once: mostly there is room, and to wait costs a turn.
         try:
             sent = client.sock.send(data)

@@ -161,7 +161,8 @@ class Script:
 
     def __init__(self, stack, *arguments, ready=True, prefix=(), python=(), **options):
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        command = [*prefix, sys.executable, *python, SCRIPT, *arguments]
+        few = ("--max-clients", "100")  # Few descriptors will do, without a warning.
+        command = [*prefix, sys.executable, *python, SCRIPT, *few, *arguments]
         self.process = stack.enter_context(
             subprocess.Popen(command, env=BUFFERED, **options)
         )
@@ -1468,14 +1469,14 @@ def test_main_serves_until_a_signal_comes_and_no_longer_after_a_late_one(
             read_all(client)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with open(receiver, "rb") as out, open(sender, "w") as stdout:
+    with open(receiver, "rb", 0) as out, open(sender, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         player = threading.Thread(target=play)
         player.start()
         main("-v", "-b", "127.0.0.1", "0")
         player.join(PATIENCE)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-        assert b"are you there" in out.read1(4096)
+        assert b"are you there" in out.read(4096)
         assert bool(closed) == late
 
 
