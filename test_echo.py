@@ -950,6 +950,7 @@ class Kernel:
         assert not any(c.unread for c in self.open()), "it hangs with bytes to read"
         full = len(self.open()) >= self.max_clients
         assert full or not self.queue, "it hangs with clients to accept"
+        self.now += 60
         self.stop()
 
     def check_turn(self):
@@ -1070,7 +1071,7 @@ class Connection(Socket):
         self.port = 40000 + number
         self.stream = self.unread = stream
         self.read = self.sent = self.heard = b""  # heard: read before the server's EOF
-        self.ended = False  # whether the server has sent EOF
+        self.ended = 0.0  # when the server sent EOF; 0: it has not
         self.hung_up = False  # whether it has read EOF
         self.gone = False  # whether the next read fails
 
@@ -1113,7 +1114,7 @@ class Connection(Socket):
         return count
 
     def shutdown(self, how):
-        self.ended = True
+        self.ended = self.ended or self.kernel.now
         assert self.failed or not self.owed(), "it ends before the end of the answer"
         looked = self.kernel.turn > (self.kernel.stopped or TURNS)
         excused = self.failed or self.hung_up or self.is_too_long()
@@ -1125,6 +1126,8 @@ class Connection(Socket):
     def close(self):
         assert not self.closed, "closed twice"
         assert self.ended, "closed without shutdown()"
+        had_time = self.kernel.now >= self.ended + echo.EchoServer.MOMENT
+        assert had_time or self.failed or self.hung_up, "no time to hang up"
         super().close()
 
 
