@@ -475,7 +475,7 @@ def listen(port: int, hosts: Hosts, tries: int = 10) -> list[socket.socket]:
                         continue  # The IPv4 address of the same name must do.
                     if port == 0 and error.errno == errno.EADDRINUSE and tries:
                         opened.close()  # It is free on one address, but not on all.
-                        return listen(port, hosts, tries - 1)
+                        return listen(port, hosts and names, tries - 1)
                     raise cannot_listen(host, bound, error) from None
                 listeners.append(opened.enter_context(sock))
                 sock.setblocking(False)

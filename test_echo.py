@@ -1286,9 +1286,10 @@ def refuse_ipv6(monkeypatch, number, times):
 
 @needs_ipv6
 def test_port_0_is_the_same_free_port_on_both_loopbacks(monkeypatch):
-    for failures in 0, 1:
+    once = iter(["127.0.0.1", "::1"])
+    for failures, hosts in (0, None), (1, None), (1, once):
         refuse_ipv6(monkeypatch, errno.EADDRINUSE, failures)
-        with echo.EchoServer(0) as server:
+        with echo.EchoServer(0, hosts) as server:
             (_, port), (_, other) = server.addresses
             assert port == other != 0
     refuse_ipv6(monkeypatch, errno.EADDRINUSE, 1000)
