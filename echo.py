@@ -215,7 +215,6 @@ class EchoServer:
 
     def _send(self, client: Client, data: Bytes) -> None:
         """Send once: new lines, or the outbox. The outbox keeps what did not fit."""
-        owed = data is client.outbox  # or else it is owed nothing yet
         # New lines are tried at once: mostly there is room, and to wait costs a turn.
         try:
             sent = client.sock.send(data)
@@ -223,17 +222,15 @@ class EchoServer:
         except BlockingIOError:
             sent = 0
         client.sent += sent
-        if owed:
+        if data is client.outbox:
             del client.outbox[:sent]
-        elif sent < len(data):
+            if not client.outbox:  # All is sent: wait to read.
+                self._selector.modify(client.sock, EVENT_READ, client)
+                if client.ending:  # _end() has left EOF for this moment.
+                    self._end(client, client.ending)
+        elif sent < len(data):  # The rest is owed from now on: wait to write.
             client.outbox += data[sent:]
-        else:
-            return  # Nothing is owed, before or after.
-        if bool(client.outbox) != owed:  # Wait for the other event, and for it alone.
-            event = EVENT_WRITE if client.outbox else EVENT_READ
-            self._selector.modify(client.sock, event, client)
-            if client.ending:  # _end() left EOF for later: now all is sent.
-                self._end(client, client.ending)
+            self._selector.modify(client.sock, EVENT_WRITE, client)
 
     def _close(self, client: Client, reason: str) -> None:
         """Forget a client. If the server has ended it, the log says why."""
