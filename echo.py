@@ -589,8 +589,11 @@ def main() -> None:
     raise_descriptor_limit(server._max_clients)
     log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else log.level)
     server.serve_forever()
+    # A late signal would kill Python's exit. One just now would make signal() complain.
+    with contextlib.suppress(AttributeError):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     for number in stop_signals:
-        signal.signal(number, signal.SIG_IGN)  # A late one would kill Python's exit.
+        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

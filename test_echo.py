@@ -1369,6 +1369,8 @@ def main(monkeypatch):
         echo.main()
 
     yield main
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     for number, handler in before.items():
         signal.signal(number, handler)
     signal.set_wakeup_fd(-1)
@@ -1484,6 +1486,7 @@ def test_main_serves_until_a_signal_comes_and_no_longer_after_a_late_one(
         main("-v", "-b", "127.0.0.1", "0")
         player.join(PATIENCE)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
         assert b"are you there" in out.read(4096)
         assert bool(closed) == late
 
