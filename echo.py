@@ -8,8 +8,8 @@
     python3 echo.py         # listens on 127.0.0.1:12321 and [::1]:12321
     nc -C localhost 12321   # in another terminal (macOS: nc -c): type a line
 
-A line ends with CR LF, and comes back byte for byte. No client delays another, in
-mid-line or not reading. Memory per client is bounded. An error ends one client alone.
+A line ends with CR LF, and comes back byte for byte. A client that stops in mid-line
+or stops reading delays no other. Memory per client is bounded. An error ends only one.
 
 A selector waits until some sockets have bytes to recv or room to send. Then each of
 these clients takes one step without waiting: recv takes what has come, send what there
@@ -76,7 +76,7 @@ def take_lines(
     # Optimization: no LF, no end of a line; and one byte is found much faster than two.
     if inbox.find(b"\n", searched) >= 0:
         # All lines up to the last terminator within reach are short enough: take them.
-        reach = max_line + len(terminator)
+        reach = max_line + len(terminator)  # the longest line, with its terminator
         while (at := inbox.rfind(terminator, max(searched, end), end + reach)) >= 0:
             end = at + len(terminator)
     if not end:
@@ -149,7 +149,7 @@ class EchoServer:
             elif key.fileobj is self._wake_receiver:
                 with contextlib.suppress(OSError):
                     self._wake_receiver.recv(4096)
-            else:  # A listener. A flood of newcomers must not delay who is ready, too.
+            else:  # A listener: a flood of newcomers must not delay who is ready.
                 self._accept(key.fileobj, len(ready))
         if asked >= self._deadline:  # Now all that came before `asked` is served.
             self._check_deadlines(asked)
@@ -172,7 +172,7 @@ class EchoServer:
                 self._watch(client)
 
     def _watch(self, client: Client) -> None:
-        """Wait for a new client; with a new selector, for each one again."""
+        """Wait for a client: for a new one, or for each again with a new selector."""
         try:
             client.sock.setblocking(False)
             event = EVENT_WRITE if client.outbox else EVENT_READ
@@ -195,7 +195,7 @@ class EchoServer:
     def _receive(self, client: Client) -> None:
         """Read once, and send the lines that are now complete."""
         count = client.sock.recv_into(self._buffer)
-        if not count:  # EOF: a close or a half-close. Who is read from is owed nothing.
+        if not count:  # EOF: a close or a half-close. We read, so nothing is owed.
             where = " in mid-line" if client.inbox else ""  # Half a line is dropped.
             self._close(client, f"closed by client{where}")
             return
@@ -559,15 +559,15 @@ def main() -> None:
     """Serve until a signal comes, as the command line says."""
     wanted = ("SIGINT", "SIGTERM", "SIGBREAK")  # Windows: Ctrl-Break, a closed console
     stop_signals = [number for number in signal.Signals if number.name in wanted]
-    server, same_until = None, 0.0  # Until then, a signal is the last one, passed on.
+    server, ignore_until = None, 0.0  # Until then, a signal is the last one again.
 
     def _on_signal(*_: object) -> None:
-        nonlocal same_until
+        nonlocal ignore_until
         if not server:
             sys.exit()  # Looking up a name may take long.
-        now, is_first = time.monotonic(), same_until == 0
-        if now >= same_until:
-            same_until = now + SECOND_SIGNAL
+        now, is_first = time.monotonic(), ignore_until == 0
+        if now >= ignore_until:
+            ignore_until = now + SECOND_SIGNAL
             server.shutdown() if is_first else server.close()
 
     for number in stop_signals:
@@ -589,7 +589,7 @@ def main() -> None:
     raise_descriptor_limit(server._max_clients)
     log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else log.level)
     server.serve_forever()
-    # A late signal would kill Python's exit. One just now would make signal() complain.
+    # A signal must not break Python's exit, nor come between the steps of signal().
     with contextlib.suppress(AttributeError):  # not on Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     for number in stop_signals:
