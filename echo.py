@@ -72,11 +72,11 @@ def take_lines(
         return chunk, inbox
     searched = max(len(inbox) - 1, 0)  # A CR at its end may be waiting for its LF.
     inbox += chunk
-    end = 0
+    end = 0  # of the lines to take
     # Optimization: no LF, no end of a line; and one byte is found much faster than two.
     if inbox.find(b"\n", searched) >= 0:
-        # All lines up to the last terminator within reach are short enough: take them.
         reach = max_line + len(terminator)  # the longest line, with its terminator
+        # Lines that end within reach of `end` are short enough: move it past them all.
         while (at := inbox.rfind(terminator, max(searched, end), end + reach)) >= 0:
             end = at + len(terminator)
     if not end:
