@@ -67,18 +67,18 @@ def take_lines(
 
     A remainder of max_line + len(terminator) bytes or more is too long a line.
     """
-    # Optimization: a short chunk that CR LF ends is whole lines. They are not copied.
+    # Optimization: a short chunk that CR LF ends is whole lines, if LF ends them, too.
     if not inbox and 1 < len(chunk) <= max_line and chunk[-1] == LF and chunk[-2] == CR:
         return chunk, inbox
-    searched = max(len(inbox) - 1, 0)  # A CR at its end may be waiting for its LF.
+    start = max(len(inbox) - 1, 0)  # of the search: a CR there may wait for its LF
     inbox += chunk
     end = 0  # of the lines to take
     # Optimization: no LF, no end of a line; and one byte is found much faster than two.
-    if inbox.find(b"\n", searched) >= 0:
+    if inbox.find(b"\n", start) >= 0:
         reach = max_line + len(terminator)  # the longest line, with its terminator
-        # Lines that end within reach of `end` are short enough: move it past them all.
-        while (at := inbox.rfind(terminator, max(searched, end), end + reach)) >= 0:
-            end = at + len(terminator)
+        # No line between `end` and a terminator in its reach can be too long: take all.
+        while (at := inbox.rfind(terminator, start, end + reach)) >= 0:
+            start = end = at + len(terminator)
     if not end:
         return b"", inbox
     return memoryview(inbox)[:end], inbox[end:]
@@ -127,7 +127,7 @@ class EchoServer:
         self._serving = True
         with self._opened:  # At the end, it closes everything.
             while not self._stopping:
-                while self._can_accept() != self._accepting:  # again if it fails
+                while self._can_accept() != self._accepting:  # If it fails, toggle back
                     self._toggle_accepting()
                 self._turn()
             if not self._closing:
@@ -149,7 +149,7 @@ class EchoServer:
             elif key.fileobj is self._wake_receiver:
                 with contextlib.suppress(OSError):
                     self._wake_receiver.recv(4096)
-            else:  # A listener: a flood of newcomers must not delay who is ready.
+            else:  # A listener: more newcomers than who is ready would delay them.
                 self._accept(key.fileobj, len(ready))
         if asked >= self._deadline:  # Now all that came before `asked` is served.
             self._check_deadlines(asked)
@@ -226,7 +226,7 @@ class EchoServer:
             del client.outbox[:sent]
             if not client.outbox:  # All is sent: wait to read.
                 self._selector.modify(client.sock, EVENT_READ, client)
-                if client.ending:  # _end() has left EOF for this moment.
+                if client.ending:  # Until now, _end() could not send EOF.
                     self._end(client, client.ending)
         elif sent < len(data):  # The rest is owed from now on: wait to write.
             client.outbox += data[sent:]
