@@ -505,7 +505,7 @@ def test_out_of_descriptors_accepting_rests_and_the_others_are_served(run):
     shell = ("sh", "-c", 'ulimit -n 40; exec "$@"', "sh")
     script = run("-q", "0", "--max-clients", "60", prefix=shell)
     assert script.line() == "too few descriptors for 60 clients: see ulimit -n"
-    with connected(script, 60) as clients, takes(0.9, 3):
+    with takes(1, 4), connected(script, 60) as clients:
         reason = os.strerror(errno.EMFILE)
         assert script.line() == f"cannot accept: {reason}; next try in 1 s"
         assert ask(clients[0])
