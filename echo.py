@@ -40,7 +40,6 @@ from typing import Any, Iterable, Union
 __version__ = "1.1.0"
 RECEIVE_SIZE = 1 << 17  # bytes that one read takes at most
 CR, LF = b"\r\n"  # 13 and 10
-Bytes = Union[bytes, bytearray, memoryview]
 Hosts = Union[str, Iterable[str], None]
 log = logging.getLogger("echo")
 
@@ -56,27 +55,29 @@ class Client:
         self.last_active = now  # when a byte last moved, in seconds of time.monotonic()
         self.received = self.sent = 0  # bytes
         self.warned = False  # whether the log has explained that LF alone ends no line
+        # When the server ends a connection, it sends what is owed, then EOF. What comes
+        # after that is thrown away, until the client hangs up or has had its time.
         self.ending = ""  # why the server ends this connection; empty: it does not
         self.ending_since = inf  # in seconds of time.monotonic()
 
 
 def take_lines(
     inbox: bytearray, chunk: memoryview, terminator: bytes, max_line: int
-) -> tuple[Bytes, bytearray]:
+) -> tuple[bytes | memoryview, bytearray]:
     """Return the lines that the chunk completes, and the remainder: the next inbox.
 
-    A remainder of max_line + len(terminator) bytes or more is too long a line.
+    If that has max_line + len(terminator) bytes or more, its line is too long.
     """
-    # Optimization: a short chunk that CR LF ends is whole lines, if LF ends them, too.
+    # Optimization: a short chunk ending in CR LF is whole lines, for either terminator.
     if not inbox and 1 < len(chunk) <= max_line and chunk[-1] == LF and chunk[-2] == CR:
         return chunk, inbox
-    start = max(len(inbox) - 1, 0)  # of the search: a CR there may wait for its LF
+    start = max(len(inbox) - 1, 0)  # of the search: the last byte may be a CR
     inbox += chunk
     end = 0  # of the lines to take
     # Optimization: no LF, no end of a line; and one byte is found much faster than two.
     if inbox.find(b"\n", start) >= 0:
         reach = max_line + len(terminator)  # the longest line, with its terminator
-        # No line between `end` and a terminator in its reach can be too long: take all.
+        # All lines that end within reach of `end` are short enough: take them together.
         while (at := inbox.rfind(terminator, start, end + reach)) >= 0:
             start = end = at + len(terminator)
     if not end:
@@ -117,17 +118,16 @@ class EchoServer:
         self._stopping = False  # set by shutdown()
         self._closing = False  # set by close()
         self._verbose = False  # whether echoed lines are logged: asked once a turn
-        self._serving = False  # whether serve_forever() will close everything
         self._selector: selectors.BaseSelector = selectors.DefaultSelector()
         self._wake_receiver, self._wake_sender = socket.socketpair()  # see shutdown()
         self._open(port, hosts)  # sets _listeners, addresses and _opened
 
     def serve_forever(self) -> None:
         """Serve until `shutdown()`; then end every connection, and close everything."""
-        self._serving = True
-        with self._opened:  # At the end, it closes everything.
+        with self._opened.pop_all():  # At the end, it closes everything.
             while not self._stopping:
-                while self._can_accept() != self._accepting:  # If it fails, toggle back
+                # If it fails, a rest begins, in which nobody is accepted: toggle back.
+                while self._can_accept() != self._accepting:
                     self._toggle_accepting()
                 self._turn()
             if not self._closing:
@@ -135,12 +135,13 @@ class EchoServer:
 
     def _turn(self) -> None:
         """Wait until sockets are ready or a deadline has come; serve who is ready."""
-        asked = time.monotonic()
-        timeout = None if self._deadline == inf else max(self._deadline - asked, 0)
+        began = time.monotonic()
+        timeout = None if self._deadline == inf else max(self._deadline - began, 0)
         try:
             ready: list[Any] = self._selector.select(timeout)
         except (OSError, MemoryError):
-            ready = self._renew_selector()
+            ready = []
+            self._renew_selector()
         self._now = time.monotonic()
         self._verbose = log.isEnabledFor(logging.DEBUG)
         for key, _ in ready:
@@ -149,13 +150,13 @@ class EchoServer:
             elif key.fileobj is self._wake_receiver:
                 with contextlib.suppress(OSError):
                     self._wake_receiver.recv(4096)
-            else:  # A listener: more newcomers than who is ready would delay them.
+            else:  # A listener: at most one newcomer for each socket that is ready.
                 self._accept(key.fileobj, len(ready))
-        if asked >= self._deadline:  # Now all that came before `asked` is served.
-            self._check_deadlines(asked)
+        if began >= self._deadline:  # Who was ready by then has been served by now.
+            self._check_deadlines(began)
 
     def _accept(self, listener: socket.socket, most: int) -> None:
-        """Take in clients from the kernel's queue, and wait for what they send."""
+        """Take in up to `most` clients, so that a crowd of newcomers delays nobody."""
         while most and self._can_accept():
             most -= 1
             try:
@@ -164,15 +165,16 @@ class EchoServer:
             except BlockingIOError:
                 return  # The queue is empty.
             except (OSError, MemoryError) as error:
+                # A shortage stops every newcomer; any other error, only this one.
                 if isinstance(error, MemoryError) or error.errno in self.SHORTAGES:
-                    self._rest(error)  # Any other error has ended that connection only.
+                    self._rest(error)
             else:
                 self._clients.add(client)
                 log.info("%s connected", client.name)
                 self._watch(client)
 
     def _watch(self, client: Client) -> None:
-        """Wait for a client: for a new one, or for each again with a new selector."""
+        """Register a client: to write if it is owed bytes, or else to read."""
         try:
             client.sock.setblocking(False)
             event = EVENT_WRITE if client.outbox else EVENT_READ
@@ -213,7 +215,7 @@ class EchoServer:
         if client.inbox:
             self._check_inbox(client, count)  # Too long a line ends this client.
 
-    def _send(self, client: Client, data: Bytes) -> None:
+    def _send(self, client: Client, data: bytes | bytearray | memoryview) -> None:
         """Send once: new lines, or the outbox. The outbox keeps what did not fit."""
         # New lines are tried at once: mostly there is room, and to wait costs a turn.
         try:
@@ -258,7 +260,7 @@ class EchoServer:
                 else:
                     with contextlib.suppress(KeyError):  # It could not be registered.
                         self._selector.unregister(listener)
-        except FileExistsError:  # An unregister() has failed. Selectors hide that.
+        except FileExistsError:  # An earlier unregister() has failed, in silence.
             self._renew_selector()
         except (OSError, MemoryError) as error:
             self._rest(error)
@@ -269,15 +271,14 @@ class EchoServer:
         self._deadline = min(self._deadline, self._rest_until)
         log.warning("cannot accept: %s; next try in %g s", plain(error), self.REST)
 
-    def _renew_selector(self) -> list[Any]:
-        """Replace a selector that has failed. Nobody is ready in the new one yet."""
+    def _renew_selector(self) -> None:
+        """Replace a selector that has failed."""
         self._selector.close()  # first: descriptors may be short
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_receiver, EVENT_READ)
         self._accepting = False
         for client in list(self._clients):
             self._watch(client)
-        return []
 
     def _check_inbox(self, client: Client, count: int) -> None:
         """Look for too long a line, and for a bare LF in the last `count` bytes."""
@@ -301,28 +302,30 @@ class EchoServer:
         What still comes is read and thrown away. Unread, it would make close() send a
         reset, which destroys what is on its way to the client (RFC 1122, 4.2.2.13).
         """
-        client.ending = client.ending or reason
-        client.ending_since = min(client.ending_since, self._now)
+        if not client.ending:  # The first reason stays, if this is called again.
+            client.ending = reason
+            client.ending_since = self._now
         self._deadline = min(self._deadline, self._now + self.TICK)
         if not client.outbox:
             client.last_active = self._now
             with contextlib.suppress(OSError):  # It has gone. The next read says so.
                 client.sock.shutdown(socket.SHUT_WR)
 
-    def _check_deadlines(self, asked: float) -> None:
-        if asked >= self._rest_until:
+    def _check_deadlines(self, began: float) -> None:
+        """End who is idle, close who has had its time, and set the next deadline."""
+        if began >= self._rest_until:
             self._rest_until = inf
         for client in list(self._clients):
-            if not client.ending and asked - client.last_active >= self._idle_timeout:
+            if not client.ending and began - client.last_active >= self._idle_timeout:
                 self._end(client, f"idle for {self._idle_timeout:g} s")
-            if client.ending and self._had_time(client, asked):
+            if client.ending and self._had_time(client, began):
                 self._close(client, client.ending)
         pending = self._idle_timeout < inf or any(c.ending for c in self._clients)
-        self._deadline = min(self._rest_until, asked + self.TICK if pending else inf)
+        self._deadline = min(self._rest_until, began + self.TICK if pending else inf)
 
-    def _had_time(self, client: Client, asked: float) -> bool:
-        """Tell if an ended client has been silent for long enough, or is too late."""
-        silent, ending = asked - client.last_active, asked - client.ending_since
+    def _had_time(self, client: Client, began: float) -> bool:
+        """Tell if an ending client has been silent for a moment, or takes too long."""
+        silent, ending = began - client.last_active, began - client.ending_since
         acknowledged = True  # if the system cannot tell: then silence must do
         with contextlib.suppress(OSError, AttributeError):
             info = client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
@@ -371,7 +374,7 @@ class EchoServer:
         """Shut down and close a socket: a forked child's copy of it ends as well."""
         with contextlib.suppress(KeyError, ValueError):  # not registered, or closed
             self._selector.unregister(sock)
-        with contextlib.suppress(OSError), sock:  # It is not connected any more.
+        with contextlib.suppress(OSError), sock:  # Not connected: only close it.
             sock.shutdown(socket.SHUT_RDWR)
 
     def shutdown(self) -> None:
@@ -384,8 +387,7 @@ class EchoServer:
         """Close everything at once; if `serve_forever()` runs, make it do so."""
         self._closing = True
         self.shutdown()
-        if not self._serving:
-            self._opened.close()
+        self._opened.close()  # It is empty while serve_forever() runs.
 
     def __enter__(self) -> EchoServer:
         return self
@@ -516,14 +518,12 @@ class LogHandler(logging.Handler):
         line = self.format(record).encode("ascii", "backslashreplace") + b"\n"
         with contextlib.suppress(OSError, AttributeError, ValueError):
             stdout = sys.stdout.fileno()
-            # A pipe with room takes 512 bytes (POSIX): more than a line. Windows waits.
+            # POSIX: a pipe with room takes 512 bytes, more than a line. Windows may wait.
             if os.name == "nt" or select.select([], [stdout], [], 0)[1]:
                 os.write(stdout, line)
 
 
 # ---- The command line ----------------------------------------------------------------
-
-SECOND_SIGNAL = 1.0  # seconds; until then, a wrapper may pass on the first one again
 
 
 def parse_arguments() -> tuple[argparse.ArgumentParser, dict[str, Any]]:
@@ -559,7 +559,7 @@ def main() -> None:
     """Serve until a signal comes, as the command line says."""
     wanted = ("SIGINT", "SIGTERM", "SIGBREAK")  # Windows: Ctrl-Break, a closed console
     stop_signals = [number for number in signal.Signals if number.name in wanted]
-    server, ignore_until = None, 0.0  # Until then, a signal is the last one again.
+    server, ignore_until = None, 0.0
 
     def _on_signal(*_: object) -> None:
         nonlocal ignore_until
@@ -567,7 +567,7 @@ def main() -> None:
             sys.exit()  # Looking up a name may take long.
         now, is_first = time.monotonic(), ignore_until == 0
         if now >= ignore_until:
-            ignore_until = now + SECOND_SIGNAL
+            ignore_until = now + 1  # A wrapper may pass on the same signal again.
             server.shutdown() if is_first else server.close()
 
     for number in stop_signals:
@@ -589,7 +589,7 @@ def main() -> None:
     raise_descriptor_limit(server._max_clients)
     log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else log.level)
     server.serve_forever()
-    # A signal must not break Python's exit, nor come between the steps of signal().
+    # During Python's exit, or within signal.signal(), a signal would show a traceback.
     with contextlib.suppress(AttributeError):  # not on Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     for number in stop_signals:
