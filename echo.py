@@ -66,9 +66,9 @@ def take_lines(
 ) -> tuple[bytes | memoryview, bytearray]:
     """Return the lines that the chunk completes, and the remainder: the next inbox.
 
-    If that has max_line + len(terminator) bytes or more, its line is too long.
+    A remainder of max_line + len(terminator) bytes or more begins with too long a line.
     """
-    # Optimization: a short chunk ending in CR LF is whole lines, for either terminator.
+    # Optimization: a short chunk ending in CR LF is whole lines, with --lf, too.
     if not inbox and 1 < len(chunk) <= max_line and chunk[-1] == LF and chunk[-2] == CR:
         return chunk, inbox
     start = max(len(inbox) - 1, 0)  # of the search: the last byte may be a CR
@@ -114,21 +114,19 @@ class EchoServer:
         self._accepting = False  # whether the selector watches the listeners
         self._now = time.monotonic()  # the time of this turn
         self._deadline = 0.0  # of the next _check_deadlines(); inf: none is needed
-        self._rest_until = inf  # when to accept again after a shortage; inf: no rest
+        self._rest_until = inf  # when a rest after a shortage ends; inf: there is none
         self._stopping = False  # set by shutdown()
         self._closing = False  # set by close()
         self._verbose = False  # whether echoed lines are logged: asked once a turn
         self._selector: selectors.BaseSelector = selectors.DefaultSelector()
         self._wake_receiver, self._wake_sender = socket.socketpair()  # see shutdown()
-        self._open(port, hosts)  # sets _listeners, addresses and _opened
+        self._open(port, hosts)  # sets _listeners, addresses, and _opened: an ExitStack
 
     def serve_forever(self) -> None:
         """Serve until `shutdown()`; then end every connection, and close everything."""
         with self._opened.pop_all():  # At the end, it closes everything.
             while not self._stopping:
-                # If it fails, a rest begins, in which nobody is accepted: toggle back.
-                while self._can_accept() != self._accepting:
-                    self._toggle_accepting()
+                self._watch_listeners()
                 self._turn()
             if not self._closing:
                 self._stop()
@@ -150,9 +148,10 @@ class EchoServer:
             elif key.fileobj is self._wake_receiver:
                 with contextlib.suppress(OSError):
                     self._wake_receiver.recv(4096)
-            else:  # A listener: at most one newcomer for each socket that is ready.
+            else:  # A listener: at most as many newcomers as sockets are ready.
                 self._accept(key.fileobj, len(ready))
-        if began >= self._deadline:  # Who was ready by then has been served by now.
+        if began >= self._deadline:
+            # Not in the turn that waited for it: first, who is ready by then is served.
             self._check_deadlines(began)
 
     def _accept(self, listener: socket.socket, most: int) -> None:
@@ -174,7 +173,7 @@ class EchoServer:
                 self._watch(client)
 
     def _watch(self, client: Client) -> None:
-        """Register a client: to write if it is owed bytes, or else to read."""
+        """Register a client, maybe anew: to write if it is owed bytes, else to read."""
         try:
             client.sock.setblocking(False)
             event = EVENT_WRITE if client.outbox else EVENT_READ
@@ -228,7 +227,7 @@ class EchoServer:
             del client.outbox[:sent]
             if not client.outbox:  # All is sent: wait to read.
                 self._selector.modify(client.sock, EVENT_READ, client)
-                if client.ending:  # Until now, _end() could not send EOF.
+                if client.ending:  # Now _end() can send EOF: it had to wait.
                     self._end(client, client.ending)
         elif sent < len(data):  # The rest is owed from now on: wait to write.
             client.outbox += data[sent:]
@@ -250,20 +249,21 @@ class EchoServer:
     def _can_accept(self) -> bool:
         return len(self._clients) < self._max_clients and self._rest_until == inf
 
-    def _toggle_accepting(self) -> None:
-        """Watch the listeners, or no longer: then the kernel queues who comes."""
-        self._accepting = not self._accepting
-        try:
-            for listener in self._listeners:
-                if self._accepting:
-                    self._selector.register(listener, EVENT_READ)
-                else:
-                    with contextlib.suppress(KeyError):  # It could not be registered.
-                        self._selector.unregister(listener)
-        except FileExistsError:  # An earlier unregister() has failed, in silence.
-            self._renew_selector()
-        except (OSError, MemoryError) as error:
-            self._rest(error)
+    def _watch_listeners(self) -> None:
+        """Watch them while it can accept. Otherwise, the kernel queues who comes."""
+        while self._can_accept() != self._accepting:  # A failure changes the answer.
+            self._accepting = not self._accepting
+            try:
+                for listener in self._listeners:
+                    if self._accepting:
+                        self._selector.register(listener, EVENT_READ)
+                    else:
+                        with contextlib.suppress(KeyError):  # It was not registered.
+                            self._selector.unregister(listener)
+            except FileExistsError:  # unregister() had failed; selectors hides that.
+                self._renew_selector()
+            except (OSError, MemoryError) as error:
+                self._rest(error)
 
     def _rest(self, error: OSError | MemoryError) -> None:
         """Accept nobody for a while: the listener would be ready again at once."""
@@ -414,7 +414,7 @@ BACKLOG = 4096  # connections that the kernel may queue; it has a limit of its o
 OPTIONS = (  # Accepted sockets inherit them. Not every system knows them all.
     (socket.SOL_SOCKET, "SO_OOBINLINE", 1),  # an urgent byte is a byte like any other
     (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # short lines go out at once
-    (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", 1 << 17),  # bytes that wait unsent
+    (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", 1 << 17),  # no room with so many unsent
     (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),  # probe a silent client
     (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 300),  # seconds until the first probe
     (socket.IPPROTO_TCP, "TCP_KEEPALIVE", 300),  # its name on macOS
@@ -518,7 +518,7 @@ class LogHandler(logging.Handler):
         line = self.format(record).encode("ascii", "backslashreplace") + b"\n"
         with contextlib.suppress(OSError, AttributeError, ValueError):
             stdout = sys.stdout.fileno()
-            # POSIX: a pipe with room takes 512 bytes, more than a line. Windows may wait.
+            # POSIX: a pipe with room takes 512 bytes: a whole line. Windows may wait.
             if os.name == "nt" or select.select([], [stdout], [], 0)[1]:
                 os.write(stdout, line)
 
@@ -538,7 +538,7 @@ def parse_arguments() -> tuple[argparse.ArgumentParser, dict[str, Any]]:
     parser.add_argument("--idle-timeout", type=float, metavar="SECONDS", help="or none")
     parser.add_argument("--version", action="version", version=f"echo.py {__version__}")
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("-q", action="store_true", help="log warnings only")
+    either.add_argument("-q", action="store_true", help="once up, log warnings only")
     either.add_argument("-v", action="store_true", help="log each echoed line, too")
     return parser, vars(parser.parse_args())
 
