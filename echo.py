@@ -15,7 +15,7 @@ A selector waits until some sockets have bytes to recv or room to send. Then eac
 these clients takes one step without waiting: recv takes what has come, send what there
 is room for. That is one turn of the loop. Between turns, a client is two buffers: the
 inbox holds the beginning of a line, the outbox the bytes it is owed. While it is owed
-bytes, the loop waits to write and does not read: TCP makes it wait, and nobody else.
+bytes, the loop waits to write and does not read: TCP makes this one client wait.
 """
 
 from __future__ import annotations
@@ -33,14 +33,13 @@ import sys
 import time
 from math import inf
 from selectors import EVENT_READ, EVENT_WRITE
-from typing import Any, Iterable, Union
+from typing import Any, Iterable
 
 (NEEDS := "echo.py needs Python 3.8")  # An older Python stops here, and shows this.
 
 __version__ = "1.1.0"
 RECEIVE_SIZE = 1 << 17  # bytes that one read takes at most
 CR, LF = b"\r\n"  # 13 and 10
-Hosts = Union[str, Iterable[str], None]
 log = logging.getLogger("echo")
 
 
@@ -68,7 +67,7 @@ def take_lines(
 
     A remainder of max_line + len(terminator) bytes or more begins with too long a line.
     """
-    # Optimization: a short chunk ending in CR LF is whole lines, with --lf, too.
+    # Optimization: a short chunk ending in CR LF is whole lines, even if LF ends one.
     if not inbox and 1 < len(chunk) <= max_line and chunk[-1] == LF and chunk[-2] == CR:
         return chunk, inbox
     start = max(len(inbox) - 1, 0)  # of the search: the last byte may be a CR
@@ -77,7 +76,7 @@ def take_lines(
     # Optimization: no LF, no end of a line; and one byte is found much faster than two.
     if inbox.find(b"\n", start) >= 0:
         reach = max_line + len(terminator)  # the longest line, with its terminator
-        # All lines that end within reach of `end` are short enough: take them together.
+        # All lines that end within reach of `end` are short enough; if none does, stop.
         while (at := inbox.rfind(terminator, start, end + reach)) >= 0:
             start = end = at + len(terminator)
     if not end:
@@ -86,7 +85,7 @@ def take_lines(
 
 
 class EchoServer:
-    """Listens from the moment it is made, in the process that made it. It serves once.
+    """Listens from the moment it is made. It serves once, in the process that made it.
 
     `hosts` are addresses or names, or one as a string; None means both loopbacks.
     `max_line` is in bytes, `idle_timeout` in seconds; port 0 takes a free one.
@@ -96,7 +95,7 @@ class EchoServer:
     def __init__(
         self,
         port: int = 12321,
-        hosts: Hosts = None,
+        hosts: str | Iterable[str] | None = None,
         *,
         lf: bool = False,
         max_line: int = 1 << 20,
@@ -124,7 +123,7 @@ class EchoServer:
 
     def serve_forever(self) -> None:
         """Serve until `shutdown()`; then end every connection, and close everything."""
-        with self._opened.pop_all():  # At the end, it closes everything.
+        with self._opened.pop_all():  # At the end, this closes everything, not close().
             while not self._stopping:
                 self._watch_listeners()
                 self._turn()
@@ -151,7 +150,7 @@ class EchoServer:
             else:  # A listener: at most as many newcomers as sockets are ready.
                 self._accept(key.fileobj, len(ready))
         if began >= self._deadline:
-            # Not in the turn that waited for it: first, who is ready by then is served.
+            # Judged as of `began`: whoever was ready by then has been served by now.
             self._check_deadlines(began)
 
     def _accept(self, listener: socket.socket, most: int) -> None:
@@ -234,7 +233,7 @@ class EchoServer:
             self._selector.modify(client.sock, EVENT_WRITE, client)
 
     def _close(self, client: Client, reason: str) -> None:
-        """Forget a client. If the server has ended it, the log says why."""
+        """Forget a client. The log says why: the server's own reason, if it has one."""
         self._close_socket(client.sock)
         self._clients.discard(client)
         tally = f"{client.sent} bytes echoed, {client.received - client.sent} dropped"
@@ -251,7 +250,7 @@ class EchoServer:
 
     def _watch_listeners(self) -> None:
         """Watch them while it can accept. Otherwise, the kernel queues who comes."""
-        while self._can_accept() != self._accepting:  # A failure changes the answer.
+        while self._can_accept() != self._accepting:  # A failure changes one of them.
             self._accepting = not self._accepting
             try:
                 for listener in self._listeners:
@@ -350,7 +349,7 @@ class EchoServer:
 
     # ---- Starting and stopping from outside ------------------------------------------
 
-    def _open(self, port: int, hosts: Hosts) -> None:
+    def _open(self, port: int, hosts: Any) -> None:
         with contextlib.ExitStack() as opened:
             for sock in (self._wake_receiver, self._wake_sender):
                 opened.enter_context(sock).setblocking(False)
@@ -456,8 +455,9 @@ def cannot_listen(host: str, port: int, error: OSError) -> OSError:
     return OSError(error.errno, f"cannot listen on {endpoint(host, port)}: {reason}")
 
 
-def listen(port: int, hosts: Hosts, tries: int = 10) -> list[socket.socket]:
+def listen(port: int, hosts: Any, tries: int = 10) -> list[socket.socket]:
     """Listen on every address of every host, on one port. Raises like look_up()."""
+    # An empty list is refused like an empty name. An iterator can be read only once.
     names = [hosts] if isinstance(hosts, str) else list(hosts or ()) or [""]
     groups: Any = [LOOPBACKS] if hosts is None else [look_up(n, port) for n in names]
     listeners: list[socket.socket] = []
