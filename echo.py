@@ -133,7 +133,7 @@ class EchoServer:
     def _turn(self) -> None:
         """Wait until sockets are ready or a deadline has come; serve who is ready."""
         began = time.monotonic()
-        timeout = None if self._deadline == inf else max(self._deadline - began, 0)
+        timeout = None if self._deadline == inf else self._deadline - began
         try:
             ready: list[Any] = self._selector.select(timeout)
         except (OSError, MemoryError):
@@ -160,6 +160,7 @@ class EchoServer:
             try:
                 sock, address = listener.accept()
                 client = Client(sock, endpoint(*host_and_port(address)), self._now)
+                self._clients.add(client)
             except BlockingIOError:
                 return  # The queue is empty.
             except (OSError, MemoryError) as error:
@@ -167,7 +168,6 @@ class EchoServer:
                 if isinstance(error, MemoryError) or error.errno in self.SHORTAGES:
                     self._rest(error)
             else:
-                self._clients.add(client)
                 log.info("%s connected", client.name)
                 self._watch(client)
 
