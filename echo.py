@@ -9,7 +9,7 @@
     nc -C localhost 12321   # in another terminal (macOS: nc -c): type a line
 
 A line ends with CR LF, and comes back byte for byte. A client that stops in mid-line
-or stops reading delays no other. Memory per client is bounded. An error ends only one.
+or stops reading delays no other. Memory per client is bounded. An error ends it alone.
 
 A selector waits until some sockets have bytes to recv or room to send. Then each of
 these clients takes one step without waiting: recv takes what has come, send what there
@@ -67,7 +67,7 @@ def take_lines(
 
     A remainder of max_line + len(terminator) bytes or more begins with too long a line.
     """
-    # Optimization: a short chunk ending in CR LF is whole lines, even if LF ends one.
+    # Optimization: a short chunk that ends in CR LF is whole lines.
     if not inbox and 1 < len(chunk) <= max_line and chunk[-1] == LF and chunk[-2] == CR:
         return chunk, inbox
     start = max(len(inbox) - 1, 0)  # of the search: the last byte may be a CR
@@ -76,7 +76,7 @@ def take_lines(
     # Optimization: no LF, no end of a line; and one byte is found much faster than two.
     if inbox.find(b"\n", start) >= 0:
         reach = max_line + len(terminator)  # the longest line, with its terminator
-        # All lines that end within reach of `end` are short enough; if none does, stop.
+        # Lines that end within reach are short enough. Take them, then look further on.
         while (at := inbox.rfind(terminator, start, end + reach)) >= 0:
             start = end = at + len(terminator)
     if not end:
@@ -123,7 +123,7 @@ class EchoServer:
 
     def serve_forever(self) -> None:
         """Serve until `shutdown()`; then end every connection, and close everything."""
-        with self._opened.pop_all():  # At the end, this closes everything, not close().
+        with self._opened.pop_all():  # Takes over from close(): closes everything.
             while not self._stopping:
                 self._watch_listeners()
                 self._turn()
@@ -250,7 +250,7 @@ class EchoServer:
 
     def _watch_listeners(self) -> None:
         """Watch them while it can accept. Otherwise, the kernel queues who comes."""
-        while self._can_accept() != self._accepting:  # A failure changes one of them.
+        while self._can_accept() != self._accepting:  # again, if it fails
             self._accepting = not self._accepting
             try:
                 for listener in self._listeners:
@@ -259,10 +259,10 @@ class EchoServer:
                     else:
                         with contextlib.suppress(KeyError):  # It was not registered.
                             self._selector.unregister(listener)
-            except FileExistsError:  # unregister() had failed; selectors hides that.
-                self._renew_selector()
+            except FileExistsError:  # An earlier unregister() has failed, in silence.
+                self._renew_selector()  # The new one watches no listener.
             except (OSError, MemoryError) as error:
-                self._rest(error)
+                self._rest(error)  # Until it ends, nobody can be accepted.
 
     def _rest(self, error: OSError | MemoryError) -> None:
         """Accept nobody for a while: the listener would be ready again at once."""
@@ -328,7 +328,7 @@ class EchoServer:
         acknowledged = True  # if the system cannot tell: then silence must do
         with contextlib.suppress(OSError, AttributeError):
             info = client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-            acknowledged = info[0] != self.FIN_WAIT1
+            acknowledged = info[0] != self.FIN_WAIT1  # Its first byte is the state.
         late = ending >= self.LINGER or silent >= self._idle_timeout
         return late or (silent >= self.MOMENT and acknowledged and not client.outbox)
 
@@ -437,7 +437,7 @@ def endpoint(host: str, port: int) -> str:
 
 
 def look_up(host: str, port: int) -> list[tuple[int, Any]]:
-    """Return (family, address) for each of a name. Raises OSError, ValueError."""
+    """Return a name's (family, address) pairs. Raises OSError, ValueError."""
     try:
         if not host:
             raise UnicodeError  # It would stand for every address, by accident.

@@ -570,7 +570,7 @@ def test_what_a_client_sends_after_the_stop_costs_it_nothing(start, caplog):
         server.shutdown()
         eventually(lambda: refused(server.addresses[0]))
         client.sendall(b"late\r\n")
-        time.sleep(0.8)  # longer than a silent client is given
+        time.sleep(1)  # longer than a silent client is given
         client.sendall(b"later\r\n")
         got = len(LINE) + len(read_all(client))
     server.thread.join(PATIENCE)
