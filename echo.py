@@ -76,9 +76,9 @@ def take_lines(
     # Optimization: no LF, no end of a line; and one byte is found much faster than two.
     if inbox.find(b"\n", start) >= 0:
         reach = max_line + len(terminator)  # the longest line, with its terminator
-        # Lines that end within reach are short enough. Take them, then look further on.
+        # The next line starts at `end`. Whatever ends within reach of it is short enough.
         while (at := inbox.rfind(terminator, start, end + reach)) >= 0:
-            start = end = at + len(terminator)
+            start = end = at + len(terminator)  # From here, a line reaches further.
     if not end:
         return b"", inbox
     return memoryview(inbox)[:end], inbox[end:]
@@ -149,7 +149,7 @@ class EchoServer:
                     self._wake_receiver.recv(4096)
             else:  # A listener: at most as many newcomers as sockets are ready.
                 self._accept(key.fileobj, len(ready))
-        if began >= self._deadline:
+        if began >= self._deadline:  # If it came during the wait, the next turn checks.
             # Judged as of `began`: whoever was ready by then has been served by now.
             self._check_deadlines(began)
 
@@ -226,7 +226,7 @@ class EchoServer:
             del client.outbox[:sent]
             if not client.outbox:  # All is sent: wait to read.
                 self._selector.modify(client.sock, EVENT_READ, client)
-                if client.ending:  # Now _end() can send EOF: it had to wait.
+                if client.ending:  # Called again, _end() now sends EOF.
                     self._end(client, client.ending)
         elif sent < len(data):  # The rest is owed from now on: wait to write.
             client.outbox += data[sent:]
