@@ -9,7 +9,7 @@
     nc -C localhost 12321   # in another terminal (macOS: nc -c): type a line
 
 A line ends with CR LF, and comes back byte for byte. A client that stops in mid-line
-or stops reading delays no other. Memory per client is bounded. An error ends it alone.
+or stops reading delays no other. An error ends only its client. Memory is bounded.
 
 A selector waits until some sockets have bytes to recv or room to send. Then each of
 these clients takes one step without waiting: recv takes what has come, send what there
@@ -76,9 +76,9 @@ def take_lines(
     # Optimization: no LF, no end of a line; and one byte is found much faster than two.
     if inbox.find(b"\n", start) >= 0:
         reach = max_line + len(terminator)  # the longest line, with its terminator
-        # The next line starts at `end`. Whatever ends within reach of it is short enough.
+        # The next line starts at `end`. What ends within reach of it is short enough.
         while (at := inbox.rfind(terminator, start, end + reach)) >= 0:
-            start = end = at + len(terminator)  # From here, a line reaches further.
+            start = end = at + len(terminator)  # The window moves on: look again.
     if not end:
         return b"", inbox
     return memoryview(inbox)[:end], inbox[end:]
@@ -123,7 +123,7 @@ class EchoServer:
 
     def serve_forever(self) -> None:
         """Serve until `shutdown()`; then end every connection, and close everything."""
-        with self._opened.pop_all():  # Takes over from close(): closes everything.
+        with self._opened.pop_all():  # Closes everything at the end; close() only asks.
             while not self._stopping:
                 self._watch_listeners()
                 self._turn()
@@ -224,9 +224,9 @@ class EchoServer:
         client.sent += sent
         if data is client.outbox:
             del client.outbox[:sent]
-            if not client.outbox:  # All is sent: wait to read.
+            if not client.outbox:  # Nothing is owed: wait to read.
                 self._selector.modify(client.sock, EVENT_READ, client)
-                if client.ending:  # Called again, _end() now sends EOF.
+                if client.ending:  # All is sent: now _end() sends EOF.
                     self._end(client, client.ending)
         elif sent < len(data):  # The rest is owed from now on: wait to write.
             client.outbox += data[sent:]
@@ -329,7 +329,7 @@ class EchoServer:
         with contextlib.suppress(OSError, AttributeError):
             info = client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
             acknowledged = info[0] != self.FIN_WAIT1  # Its first byte is the state.
-        late = ending >= self.LINGER or silent >= self._idle_timeout
+        late = ending >= self.LINGER or silent >= self._idle_timeout  # idle while owed
         return late or (silent >= self.MOMENT and acknowledged and not client.outbox)
 
     def _stop(self) -> None:
@@ -457,7 +457,7 @@ def cannot_listen(host: str, port: int, error: OSError) -> OSError:
 
 def listen(port: int, hosts: Any, tries: int = 10) -> list[socket.socket]:
     """Listen on every address of every host, on one port. Raises like look_up()."""
-    # An empty list is refused like an empty name. An iterator can be read only once.
+    # look_up() refuses an empty list as "", too. An iterator can be read only once.
     names = [hosts] if isinstance(hosts, str) else list(hosts or ()) or [""]
     groups: Any = [LOOPBACKS] if hosts is None else [look_up(n, port) for n in names]
     listeners: list[socket.socket] = []
