@@ -349,7 +349,7 @@ class EchoServer:
 
     # ---- Starting and stopping from outside ------------------------------------------
 
-    def _open(self, port: int, hosts: Any) -> None:
+    def _open(self, port: int, hosts: str | Iterable[str] | None) -> None:
         with contextlib.ExitStack() as opened:
             for sock in (self._wake_receiver, self._wake_sender):
                 opened.enter_context(sock).setblocking(False)
