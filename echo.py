@@ -67,7 +67,7 @@ def take_lines(
 
     A remainder of max_line + len(terminator) bytes or more begins with too long a line.
     """
-    # Optimization: a short chunk that ends in CR LF is whole lines.
+    # Optimization: a short chunk that ends in CR LF is whole lines, with --lf as well.
     if not inbox and 1 < len(chunk) <= max_line and chunk[-1] == LF and chunk[-2] == CR:
         return chunk, inbox
     start = max(len(inbox) - 1, 0)  # of the search: the last byte may be a CR
@@ -76,9 +76,9 @@ def take_lines(
     # Optimization: no LF, no end of a line; and one byte is found much faster than two.
     if inbox.find(b"\n", start) >= 0:
         reach = max_line + len(terminator)  # the longest line, with its terminator
-        # The next line starts at `end`. What ends within reach of it is short enough.
+        # A line starts at `end`. Lines that end within reach of it are short enough.
         while (at := inbox.rfind(terminator, start, end + reach)) >= 0:
-            start = end = at + len(terminator)  # The window moves on: look again.
+            start = end = at + len(terminator)  # Take them all, and look again.
     if not end:
         return b"", inbox
     return memoryview(inbox)[:end], inbox[end:]
@@ -149,9 +149,7 @@ class EchoServer:
                     self._wake_receiver.recv(4096)
             else:  # A listener: at most as many newcomers as sockets are ready.
                 self._accept(key.fileobj, len(ready))
-        if began >= self._deadline:  # If it came during the wait, the next turn checks.
-            # Judged as of `began`: whoever was ready by then has been served by now.
-            self._check_deadlines(began)
+        self._check_deadlines(began)  # Who was ready by then has been served by now.
 
     def _accept(self, listener: socket.socket, most: int) -> None:
         """Take in up to `most` clients, so that a crowd of newcomers delays nobody."""
@@ -291,7 +289,7 @@ class EchoServer:
     # ---- Ending well -----------------------------------------------------------------
 
     TICK = 0.25  # seconds between two checks of the deadlines
-    MOMENT = 0.5  # seconds that a client has to hang up after EOF
+    MOMENT = 0.5  # seconds of silence after EOF, in which a client may hang up
     LINGER = 5.0  # seconds that the end of a connection may take
     FIN_WAIT1 = 4  # Linux, include/net/tcp_states.h: EOF is not acknowledged yet
 
@@ -312,6 +310,8 @@ class EchoServer:
 
     def _check_deadlines(self, began: float) -> None:
         """End who is idle, close who has had its time, and set the next deadline."""
+        if began < self._deadline:
+            return
         if began >= self._rest_until:
             self._rest_until = inf
         for client in list(self._clients):
@@ -329,11 +329,11 @@ class EchoServer:
         with contextlib.suppress(OSError, AttributeError):
             info = client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
             acknowledged = info[0] != self.FIN_WAIT1  # Its first byte is the state.
-        late = ending >= self.LINGER or silent >= self._idle_timeout  # idle while owed
+        late = ending >= self.LINGER or silent >= self._idle_timeout  # still idle
         return late or (silent >= self.MOMENT and acknowledged and not client.outbox)
 
     def _stop(self) -> None:
-        """Take in those who wait, read once more from each, end every connection."""
+        """Take in those who wait, serve who is ready, then end every connection."""
         for listener in self._listeners:
             self._accept(listener, self._max_clients)
             self._close_socket(listener)
@@ -457,7 +457,7 @@ def cannot_listen(host: str, port: int, error: OSError) -> OSError:
 
 def listen(port: int, hosts: Any, tries: int = 10) -> list[socket.socket]:
     """Listen on every address of every host, on one port. Raises like look_up()."""
-    # look_up() refuses an empty list as "", too. An iterator can be read only once.
+    # No host at all becomes "", which look_up() refuses. An iterator is read only once.
     names = [hosts] if isinstance(hosts, str) else list(hosts or ()) or [""]
     groups: Any = [LOOPBACKS] if hosts is None else [look_up(n, port) for n in names]
     listeners: list[socket.socket] = []
@@ -474,7 +474,7 @@ def listen(port: int, hosts: Any, tries: int = 10) -> list[socket.socket]:
                         continue  # The IPv4 address of the same name must do.
                     if port == 0 and error.errno == errno.EADDRINUSE and tries:
                         opened.close()  # It is free on one address, but not on all.
-                        return listen(port, hosts and names, tries - 1)
+                        return listen(port, None if hosts is None else names, tries - 1)
                     raise cannot_listen(host, bound, error) from None
                 listeners.append(opened.enter_context(sock))
                 sock.setblocking(False)
