@@ -11,8 +11,8 @@
 A line ends with CR LF, and comes back byte for byte. A client that stops in mid-line
 or stops reading delays no other. An error ends only its client. Memory is bounded.
 
-A selector waits until some sockets have bytes to recv or room to send. Then each of
-these clients takes one step without waiting: recv takes what has come, send what there
+A selector waits until some sockets have bytes to recv or room to send. Then the
+client of each takes one step without waiting: recv takes what has come, send what there
 is room for. That is one turn of the loop. Between turns, a client is two buffers: the
 inbox holds the beginning of a line, the outbox the bytes it is owed. While it is owed
 bytes, the loop waits to write and does not read: TCP makes this one client wait.
@@ -67,16 +67,16 @@ def take_lines(
 
     A remainder of max_line + len(terminator) bytes or more begins with too long a line.
     """
-    # Optimization: a short chunk that ends in CR LF is whole lines, with --lf as well.
+    # Optimization: the chunk is whole lines (with --lf, too), and none can be too long.
     if not inbox and 1 < len(chunk) <= max_line and chunk[-1] == LF and chunk[-2] == CR:
         return chunk, inbox
-    start = max(len(inbox) - 1, 0)  # of the search: the last byte may be a CR
+    start = max(len(inbox) - 1, 0)  # Search from here: the last byte may be a CR.
     inbox += chunk
-    end = 0  # of the lines to take
+    end = 0  # The lines to take end here.
     # Optimization: no LF, no end of a line; and one byte is found much faster than two.
     if inbox.find(b"\n", start) >= 0:
         reach = max_line + len(terminator)  # the longest line, with its terminator
-        # A line starts at `end`. Lines that end within reach of it are short enough.
+        # The next line starts at `end`. All lines that end within its reach are short.
         while (at := inbox.rfind(terminator, start, end + reach)) >= 0:
             start = end = at + len(terminator)  # Take them all, and look again.
     if not end:
@@ -123,7 +123,7 @@ class EchoServer:
 
     def serve_forever(self) -> None:
         """Serve until `shutdown()`; then end every connection, and close everything."""
-        with self._opened.pop_all():  # Closes everything at the end; close() only asks.
+        with self._opened.pop_all():  # At the end, this closes all; close() only asks.
             while not self._stopping:
                 self._watch_listeners()
                 self._turn()
@@ -142,14 +142,14 @@ class EchoServer:
         self._now = time.monotonic()
         self._verbose = log.isEnabledFor(logging.DEBUG)
         for key, _ in ready:
-            if client := key.data:  # None for the waker and the listeners
+            if client := key.data:  # None for _wake_receiver and the listeners
                 self._serve(client)
             elif key.fileobj is self._wake_receiver:
                 with contextlib.suppress(OSError):
                     self._wake_receiver.recv(4096)
-            else:  # A listener: at most as many newcomers as sockets are ready.
+            else:  # A listener: newcomers get half of the turn at most.
                 self._accept(key.fileobj, len(ready))
-        self._check_deadlines(began)  # Who was ready by then has been served by now.
+        self._check_deadlines(began)  # as of `began`: whoever was ready has been served
 
     def _accept(self, listener: socket.socket, most: int) -> None:
         """Take in up to `most` clients, so that a crowd of newcomers delays nobody."""
@@ -170,7 +170,7 @@ class EchoServer:
                 self._watch(client)
 
     def _watch(self, client: Client) -> None:
-        """Register a client, maybe anew: to write if it is owed bytes, else to read."""
+        """Register a client (again): to write if it is owed bytes, else to read."""
         try:
             client.sock.setblocking(False)
             event = EVENT_WRITE if client.outbox else EVENT_READ
@@ -186,7 +186,7 @@ class EchoServer:
             else:
                 self._receive(client)
         except BlockingIOError:
-            pass  # It was not ready after all: readiness is a hint.
+            pass  # recv had nothing after all: readiness is a hint.
         except (OSError, MemoryError) as error:
             self._close(client, plain(error))
 
@@ -248,7 +248,7 @@ class EchoServer:
 
     def _watch_listeners(self) -> None:
         """Watch them while it can accept. Otherwise, the kernel queues who comes."""
-        while self._can_accept() != self._accepting:  # again, if it fails
+        while self._can_accept() != self._accepting:  # loops only after a failure
             self._accepting = not self._accepting
             try:
                 for listener in self._listeners:
@@ -311,7 +311,7 @@ class EchoServer:
     def _check_deadlines(self, began: float) -> None:
         """End who is idle, close who has had its time, and set the next deadline."""
         if began < self._deadline:
-            return
+            return  # None had come when this turn began.
         if began >= self._rest_until:
             self._rest_until = inf
         for client in list(self._clients):
@@ -329,7 +329,7 @@ class EchoServer:
         with contextlib.suppress(OSError, AttributeError):
             info = client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
             acknowledged = info[0] != self.FIN_WAIT1  # Its first byte is the state.
-        late = ending >= self.LINGER or silent >= self._idle_timeout  # still idle
+        late = ending >= self.LINGER or silent >= self._idle_timeout  # takes nothing
         return late or (silent >= self.MOMENT and acknowledged and not client.outbox)
 
     def _stop(self) -> None:
