@@ -147,7 +147,7 @@ class EchoServer:
             elif key.fileobj is self._wake_receiver:
                 with contextlib.suppress(OSError):
                     self._wake_receiver.recv(4096)
-            else:  # A listener: newcomers get half of the turn at most.
+            else:  # A listener: no more newcomers than there are sockets ready.
                 self._accept(key.fileobj, len(ready))
         self._check_deadlines(began)  # as of `began`: whoever was ready has been served
 
@@ -248,7 +248,7 @@ class EchoServer:
 
     def _watch_listeners(self) -> None:
         """Watch them while it can accept. Otherwise, the kernel queues who comes."""
-        while self._can_accept() != self._accepting:  # loops only after a failure
+        while self._can_accept() != self._accepting:  # repeats only after a failure
             self._accepting = not self._accepting
             try:
                 for listener in self._listeners:
@@ -329,7 +329,7 @@ class EchoServer:
         with contextlib.suppress(OSError, AttributeError):
             info = client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
             acknowledged = info[0] != self.FIN_WAIT1  # Its first byte is the state.
-        late = ending >= self.LINGER or silent >= self._idle_timeout  # takes nothing
+        late = ending >= self.LINGER or silent >= self._idle_timeout  # it takes nothing
         return late or (silent >= self.MOMENT and acknowledged and not client.outbox)
 
     def _stop(self) -> None:
