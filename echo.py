@@ -3,7 +3,7 @@
 # /// script
 # requires-python = ">=3.8"
 # ///
-"""A TCP server that echoes complete lines to many clients at once, on a single thread.
+r"""A TCP server that echoes complete lines to many clients at once, on a single thread.
 
     python3 echo.py         # listens on 127.0.0.1:12321 and [::1]:12321
     nc -C localhost 12321   # in another terminal (macOS: nc -c): type a line
@@ -16,6 +16,13 @@ client of each takes one step without waiting: recv takes what has come, send wh
 is room for. That is one turn of the loop. Between turns, a client is two buffers: the
 inbox holds the beginning of a line, the outbox the bytes it is owed. While it is owed
 bytes, the loop waits to write and does not read: TCP makes this one client wait.
+(You can stop at the end of the lesson: the rest makes the server hard to hurt.)
+
+    ready     called                                kept             waited for next
+    listener  accept() = a client                                    bytes from it
+    client    recv() = "hel"                        inbox "hel"      bytes from it
+    client    recv() = "lo\r\n", send(line) = 3     outbox "lo\r\n"  room to send
+    client    send("lo\r\n") = 4                                     bytes from it
 """
 
 from __future__ import annotations
@@ -24,357 +31,339 @@ import argparse
 import contextlib
 import errno
 import logging
+import operator
 import os
+import re
 import select
 import selectors
 import signal
 import socket
 import sys
 import time
+from functools import partial
 from math import inf
-from selectors import EVENT_READ, EVENT_WRITE
-from typing import Any, Iterable
+from typing import Any, Sequence
 
-(NEEDS := "echo.py needs Python 3.8")  # An older Python stops here, and shows this.
-
-__version__ = "1.1.0"
+(__version__ := "1.2.0")  # An older Python stops here, and shows: needs Python 3.8.
+LOOPBACKS = ("127.0.0.1", "::1")
 RECEIVE_SIZE = 1 << 17  # bytes that one read takes at most
-CR, LF = b"\r\n"  # 13 and 10
+BARE_LF = "%s ends lines with LF, not CR LF: use nc -C (macOS: nc -c), or --lf"
 log = logging.getLogger("echo")
 
 
 class Client:
-    """One connection, and all that the server remembers of it between two turns."""
+    """One connection, and all that the server remembers of it between two turns.
+
+    Reading: its outbox is empty. The server waits for bytes to recv.
+    Owed: its outbox holds bytes. The server waits for room to send, and does not read.
+    Ending, by the server: what is owed goes out, then EOF; what comes is thrown away.
+    """
 
     def __init__(self, sock: socket.socket, name: str, now: float) -> None:
         self.sock = sock
         self.name = name  # its address, for the log
         self.inbox = bytearray()  # the part of a line that has come so far
         self.outbox = bytearray()  # what it is owed: bytes the kernel had no room for
-        self.last_active = now  # when a byte last moved, in seconds of time.monotonic()
         self.received = self.sent = 0  # bytes
-        self.warned = False  # whether the log has explained that LF alone ends no line
-        # When the server ends a connection, it sends what is owed, then EOF. What comes
-        # after that is thrown away, until the client hangs up or has had its time.
-        self.ending = ""  # why the server ends this connection; empty: it does not
-        self.ending_since = inf  # in seconds of time.monotonic()
+        # The rest is needed after the lesson. Times are those of time.monotonic().
+        self.last_active = now  # when a byte last moved
+        self.end_began, self.end_reason = inf, ""  # set when it is ending
+        self.was_warned = False  # that LF alone does not end a line
 
 
 def take_lines(
-    inbox: bytearray, chunk: memoryview, terminator: bytes, max_line: int
+    inbox: bytearray, chunk: memoryview, terminator: bytes
 ) -> tuple[bytes | memoryview, bytearray]:
-    """Return the lines that the chunk completes, and the remainder: the next inbox.
+    r"""Add a chunk to the inbox. Return complete lines, and the rest: the next inbox.
 
-    A remainder of max_line + len(terminator) bytes or more begins with too long a line.
+    The lines may be a view of the chunk: use them before its memory is used again.
+    >>> lines, inbox = take_lines(bytearray(b"hel"), memoryview(b"lo\r\nwor"), b"\r\n")
+    >>> bytes(lines), inbox
+    (b'hello\r\n', bytearray(b'wor'))
     """
-    # Optimization: the chunk is whole lines (with --lf, too), and none can be too long.
-    if not inbox and 1 < len(chunk) <= max_line and chunk[-1] == LF and chunk[-2] == CR:
+    # For speed alone: whole lines pass through as they are (0.2 us instead of 1).
+    if not inbox and len(chunk) > 1 and chunk[-1] == 10 and chunk[-2] == 13:  # CR LF
         return chunk, inbox
-    start = max(len(inbox) - 1, 0)  # Search from here: the last byte may be a CR.
+    start = max(len(inbox) - 1, 0)  # The last byte may be a CR that waits for its LF.
     inbox += chunk
-    end = 0  # The lines to take end here.
-    # Optimization: no LF, no end of a line; and one byte is found much faster than two.
-    if inbox.find(b"\n", start) >= 0:
-        reach = max_line + len(terminator)  # the longest line, with its terminator
-        # The next line starts at `end`. All lines that end within its reach are short.
-        while (at := inbox.rfind(terminator, start, end + reach)) >= 0:
-            start = end = at + len(terminator)  # Take them all, and look again.
-    if not end:
+    # For speed alone: no LF, no end; and one byte is found 40 times as fast as two.
+    has_lf = inbox.find(b"\n", start) >= 0
+    found = inbox.rfind(terminator, start) if has_lf else -1
+    if found < 0:
         return b"", inbox
-    return memoryview(inbox)[:end], inbox[end:]
+    end = found + len(terminator)
+    return memoryview(inbox)[:end], inbox[end:]  # Only the rest is copied.
 
 
 class EchoServer:
     """Listens from the moment it is made. It serves once, in the process that made it.
 
-    `hosts` are addresses or names, or one as a string; None means both loopbacks.
-    `max_line` is in bytes, `idle_timeout` in seconds; port 0 takes a free one.
-    Raises ValueError for an argument out of range, OSError for an unusable address.
+    `hosts` are addresses or names, or one as a string; port 0 takes a free one. `lf`
+    ends lines with LF alone. `max_line` is in bytes, `idle_timeout` in seconds.
+    Raises TypeError or ValueError for a wrong argument, OSError where it cannot listen.
+    It listens on `addresses`; `wakeup_fd` is for signal.set_wakeup_fd().
     """
 
     def __init__(
         self,
         port: int = 12321,
-        hosts: str | Iterable[str] | None = None,
+        hosts: str | Sequence[str] = LOOPBACKS,
         *,
         lf: bool = False,
         max_line: int = 1 << 20,
         max_clients: int = 1000,
         idle_timeout: float = inf,
     ) -> None:
-        check_range(port, max_line, max_clients, idle_timeout)
         self._terminator = b"\n" if lf else b"\r\n"
-        self._max_line = max_line
-        self._max_clients = max_clients
-        self._idle_timeout = idle_timeout
-        self._clients: set[Client] = set()
-        self._buffer = memoryview(bytearray(RECEIVE_SIZE))  # used anew for each read
-        self._listeners: list[socket.socket] = []
-        self._accepting = False  # whether the selector watches the listeners
-        self._now = time.monotonic()  # the time of this turn
-        self._deadline = 0.0  # of the next _check_deadlines(); inf: none is needed
-        self._rest_until = inf  # when a rest after a shortage ends; inf: there is none
-        self._stopping = False  # set by shutdown()
-        self._closing = False  # set by close()
-        self._verbose = False  # whether echoed lines are logged: asked once a turn
+        self._longest_line = operator.index(max_line) + len(self._terminator)  # bytes
         self._selector: selectors.BaseSelector = selectors.DefaultSelector()
-        self._wake_receiver, self._wake_sender = socket.socketpair()  # see shutdown()
-        self._open(port, hosts)  # sets _listeners, addresses, and _opened: an ExitStack
+        self._init_hardening(hosts, port, max_line, max_clients, idle_timeout)
+        # All clients share the buffer: what is in it is used within one step.
+        self._buffer = memoryview(bytearray(min(RECEIVE_SIZE, self._longest_line)))
+        self._clients: set[Client] = set()
+        try:
+            self._listeners += listen(port, hosts)
+            for sock in (self._wake_receiver, *self._listeners):
+                sock.setblocking(False)
+                self._selector.register(sock, selectors.EVENT_READ)
+        except BaseException:
+            self._release()
+            raise
+        self.addresses = [host_and_port(s.getsockname()) for s in self._listeners]
 
     def serve_forever(self) -> None:
-        """Serve until `shutdown()`; then end every connection, and close everything."""
-        with self._opened.pop_all():  # At the end, this closes all; close() only asks.
-            while not self._stopping:
-                self._watch_listeners()
-                self._turn()
-            if not self._closing:
-                self._stop()
-
-    def _turn(self) -> None:
-        """Wait until sockets are ready or a deadline has come; serve who is ready."""
-        began = time.monotonic()
-        timeout = None if self._deadline == inf else self._deadline - began
+        """Serve until `shutdown()`; raise OSError if the selector cannot wait."""
+        self._is_serving = True
         try:
-            ready: list[Any] = self._selector.select(timeout)
-        except (OSError, MemoryError):
-            ready = []
-            self._renew_selector()
+            while not self._stopping:
+                self._turn(self._keep_house())
+            if not self._closing:
+                self._drain()
+        finally:
+            self._release()
+
+    def _turn(self, timeout: float | None) -> None:
+        """Wait until sockets are ready, and let each take one step."""
+        self._asked_at = time.monotonic()
+        ready: list[Any] = self._selector.select(timeout)
         self._now = time.monotonic()
         self._verbose = log.isEnabledFor(logging.DEBUG)
         for key, _ in ready:
-            if client := key.data:  # None for _wake_receiver and the listeners
+            client = key.data  # None for a listener and for the wake-up socket
+            if client:
                 self._serve(client)
             elif key.fileobj is self._wake_receiver:
-                with contextlib.suppress(OSError):
-                    self._wake_receiver.recv(4096)
-            else:  # A listener: no more newcomers than there are sockets ready.
+                self._wake_receiver.recv(4096)
+            else:
+                # Every ready client takes one step, and all newcomers take as many as
+                # there are sockets ready: neither group can starve the other.
                 self._accept(key.fileobj, len(ready))
-        self._check_deadlines(began)  # as of `began`: whoever was ready has been served
 
     def _accept(self, listener: socket.socket, most: int) -> None:
-        """Take in up to `most` clients, so that a crowd of newcomers delays nobody."""
-        while most and self._can_accept():
+        """Take in newcomers, as long as some are waiting and may come in."""
+        while most and self._may_accept():
             most -= 1
             try:
                 sock, address = listener.accept()
+                sock.setblocking(False)
                 client = Client(sock, endpoint(*host_and_port(address)), self._now)
                 self._clients.add(client)
             except BlockingIOError:
-                return  # The queue is empty.
+                return  # Nobody is waiting any more.
+            except ConnectionError:
+                continue  # This one has gone. The next one may be there.
             except (OSError, MemoryError) as error:
-                # A shortage stops every newcomer; any other error, only this one.
-                if isinstance(error, MemoryError) or error.errno in self.SHORTAGES:
-                    self._rest(error)
-            else:
-                log.info("%s connected", client.name)
-                self._watch(client)
-
-    def _watch(self, client: Client) -> None:
-        """Register a client (again): to write if it is owed bytes, else to read."""
-        try:
-            client.sock.setblocking(False)
-            event = EVENT_WRITE if client.outbox else EVENT_READ
-            self._selector.register(client.sock, event, client)
-        except (OSError, MemoryError) as error:
-            self._close(client, plain(error))
+                self._pause_accepting(error)
+                return
+            log.info("%s connected", client.name)
+            try:
+                self._selector.register(sock, selectors.EVENT_READ, client)
+            except OSError as error:
+                self._close(client, explain(error))
 
     def _serve(self, client: Client) -> None:
-        """Let a ready client make one step. An error ends that client, and it alone."""
+        """Let a client take one step. An error ends this client, and no other."""
         try:
             if client.outbox:
-                self._send(client, client.outbox)
+                self._flush(client)
             else:
                 self._receive(client)
         except BlockingIOError:
-            pass  # recv had nothing after all: readiness is a hint.
+            pass  # It was not ready after all: readiness is a hint.
         except (OSError, MemoryError) as error:
-            self._close(client, plain(error))
+            self._close(client, explain(error))
 
     def _receive(self, client: Client) -> None:
-        """Read once, and send the lines that are now complete."""
-        count = client.sock.recv_into(self._buffer)
+        """Read once, and echo the lines that are complete now."""
+        # No more than the longest line has room for: so no line that ends is too long.
+        room = self._buffer
+        if client.inbox:
+            room = room[: self._longest_line - len(client.inbox)]
+        count = client.sock.recv_into(room)
         if not count:  # EOF: a close or a half-close. We read, so nothing is owed.
-            where = " in mid-line" if client.inbox else ""  # Half a line is dropped.
+            where = " in mid-line" if client.inbox else ""
             self._close(client, f"closed by client{where}")
             return
-        client.last_active = self._now
         client.received += count
-        if client.ending:
+        client.last_active = self._now
+        if client in self._ending:
             return  # What comes after the end is thrown away.
-        lines, client.inbox = take_lines(
-            client.inbox, self._buffer[:count], self._terminator, self._max_line
-        )
+        lines, client.inbox = take_lines(client.inbox, room[:count], self._terminator)
         if lines:
-            self._send(client, lines)
-            if self._verbose:
-                log_lines(client.name, bytes(lines).split(self._terminator)[:-1])
-        if client.inbox:
-            self._check_inbox(client, count)  # Too long a line ends this client.
+            self._echo(client, lines)
+        elif len(client.inbox) == self._longest_line:  # It is full, and no line ends.
+            self._begin_ending(client, f"line longer than {self._max_line} bytes")
+        elif not client.was_warned and client.inbox.find(b"\n", -count) >= 0:
+            client.was_warned = True
+            log.warning(BARE_LF, client.name)
 
-    def _send(self, client: Client, data: bytes | bytearray | memoryview) -> None:
-        """Send once: new lines, or the outbox. The outbox keeps what did not fit."""
-        # New lines are tried at once: mostly there is room, and to wait costs a turn.
+    def _echo(self, client: Client, lines: bytes | memoryview) -> None:
+        """Send new lines at once. The outbox keeps what the kernel has no room for.
+
+        They overtake no others: nothing is owed, or they would not have been read. (A
+        chat server must add to the outboxes of others, and wait for room to send.)
+        """
         try:
-            sent = client.sock.send(data)
-            client.last_active = self._now
+            sent = client.sock.send(lines)
         except BlockingIOError:
             sent = 0
         client.sent += sent
-        if data is client.outbox:
-            del client.outbox[:sent]
-            if not client.outbox:  # Nothing is owed: wait to read.
-                self._selector.modify(client.sock, EVENT_READ, client)
-                if client.ending:  # All is sent: now _end() sends EOF.
-                    self._end(client, client.ending)
-        elif sent < len(data):  # The rest is owed from now on: wait to write.
-            client.outbox += data[sent:]
-            self._selector.modify(client.sock, EVENT_WRITE, client)
+        if sent < len(lines):
+            client.outbox += lines[sent:]
+            self._selector.modify(client.sock, selectors.EVENT_WRITE, client)
+        if self._verbose:
+            log_lines(client.name, bytes(lines).split(self._terminator)[:-1])
+
+    def _flush(self, client: Client) -> None:
+        """Send what is owed, as far as there is room. When all is sent, read again."""
+        sent = client.sock.send(client.outbox)
+        client.sent += sent
+        client.last_active = self._now
+        del client.outbox[:sent]
+        if not client.outbox:
+            self._selector.modify(client.sock, selectors.EVENT_READ, client)
+            if client in self._ending:
+                self._send_eof(client)
 
     def _close(self, client: Client, reason: str) -> None:
         """Forget a client. The log says why: the server's own reason, if it has one."""
-        self._close_socket(client.sock)
         self._clients.discard(client)
+        self._ending.discard(client)
+        self._discard(client.sock)
+        why = client.end_reason or reason
         tally = f"{client.sent} bytes echoed, {client.received - client.sent} dropped"
-        log.info("%s disconnected: %s, %s", client.name, client.ending or reason, tally)
+        log.info("%s disconnected: %s, %s", client.name, why, tally)
 
-    # ---- Limits and shortages --------------------------------------------------------
+    def _discard(self, sock: socket.socket) -> None:
+        with contextlib.suppress(KeyError):  # It is not registered.
+            self._selector.unregister(sock)
+        with contextlib.suppress(OSError):  # It is not connected.
+            sock.shutdown(socket.SHUT_RDWR)  # A forked child may hold a copy of it.
+        sock.close()
 
-    SELECT_CLIENTS = 500  # select() takes 1,024 descriptors, on Windows 512 sockets
-    SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-    REST = 1.0  # seconds without accepting, after a shortage
-
-    def _can_accept(self) -> bool:
-        return len(self._clients) < self._max_clients and self._rest_until == inf
-
-    def _watch_listeners(self) -> None:
-        """Watch them while it can accept. Otherwise, the kernel queues who comes."""
-        while self._can_accept() != self._accepting:  # repeats only after a failure
-            self._accepting = not self._accepting
-            try:
-                for listener in self._listeners:
-                    if self._accepting:
-                        self._selector.register(listener, EVENT_READ)
-                    else:
-                        with contextlib.suppress(KeyError):  # It was not registered.
-                            self._selector.unregister(listener)
-            except FileExistsError:  # An earlier unregister() has failed, in silence.
-                self._renew_selector()  # The new one watches no listener.
-            except (OSError, MemoryError) as error:
-                self._rest(error)  # Until it ends, nobody can be accepted.
-
-    def _rest(self, error: OSError | MemoryError) -> None:
-        """Accept nobody for a while: the listener would be ready again at once."""
-        self._rest_until = self._now + self.REST
-        self._deadline = min(self._deadline, self._rest_until)
-        log.warning("cannot accept: %s; next try in %g s", plain(error), self.REST)
-
-    def _renew_selector(self) -> None:
-        """Replace a selector that has failed."""
-        self._selector.close()  # first: descriptors may be short
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wake_receiver, EVENT_READ)
-        self._accepting = False
-        for client in list(self._clients):
-            self._watch(client)
-
-    def _check_inbox(self, client: Client, count: int) -> None:
-        """Look for too long a line, and for a bare LF in the last `count` bytes."""
-        if len(client.inbox) >= self._max_line + len(self._terminator):
-            self._end(client, f"line longer than {self._max_line} bytes")
-        elif not client.warned and client.inbox.find(b"\n", -count) >= 0:
-            client.warned = True
-            hint = "sent LF without CR, which ends no line"
-            log.warning("%s %s: try nc -C (macOS: nc -c), or --lf", client.name, hint)
-
-    # ---- Ending well -----------------------------------------------------------------
-
-    TICK = 0.25  # seconds between two checks of the deadlines
+    # ---- This is the end of the lesson. Limits, shortages, and ending well -----------
+    PAUSE = 1.0  # seconds without accepting, after an error that may last
+    TICK = 0.25  # seconds between two checks of the times
     MOMENT = 0.5  # seconds of silence after EOF, in which a client may hang up
     LINGER = 5.0  # seconds that the end of a connection may take
-    FIN_WAIT1 = 4  # Linux, include/net/tcp_states.h: EOF is not acknowledged yet
 
-    def _end(self, client: Client, reason: str) -> None:
+    def _init_hardening(self, hosts: Any, port: int, *limits: Any) -> None:
+        if not (hosts and 0 <= port <= 65535 and all(limit > 0 for limit in limits)):
+            raise ValueError(f"no hosts, or a number out of range: {port}, {limits}")
+        self._max_line, self.max_clients, self._idle_timeout = limits
+        # select() takes 1,024 descriptors, on Windows 512 sockets.
+        if isinstance(self._selector, selectors.SelectSelector):
+            self.max_clients = min(self.max_clients, 500)
+        self._listeners: list[socket.socket] = []
+        self._ending: set[Client] = set()
+        self._accepting = True  # whether the selector watches the listeners
+        self._resume_at = -inf  # when a pause of accepting ends
+        # When select() has returned; when it was called; when _check() is due again.
+        self._now = self._asked_at = self._next_check = time.monotonic()
+        self._is_serving = self._stopping = self._closing = self._verbose = False
+        self._wake_receiver, self._wake_sender = socket.socketpair()  # see shutdown()
+        self._wake_sender.setblocking(False)
+        self.wakeup_fd = self._wake_sender.fileno()
+
+    def _may_accept(self) -> bool:
+        return len(self._clients) < self.max_clients and self._now >= self._resume_at
+
+    def _watch_listeners(self) -> None:
+        """Begin to watch them, or end it: then newcomers wait in the kernel's queue."""
+        self._accepting = not self._accepting
+        try:
+            for listener in self._listeners:
+                with contextlib.suppress(KeyError):  # It is not watched.
+                    self._selector.unregister(listener)
+                if self._accepting:
+                    self._selector.register(listener, selectors.EVENT_READ)
+        except OSError as error:  # The next turn watches none of them.
+            self._pause_accepting(error)
+
+    def _pause_accepting(self, error: OSError | MemoryError) -> None:
+        """Accept nobody for a while: the error may last, and cost a whole core."""
+        self._resume_at = self._now + self.PAUSE
+        log.warning("cannot accept: %s; next try in %g s", explain(error), self.PAUSE)
+
+    def _keep_house(self) -> float | None:
+        """Do what is due before a turn. Return how many seconds the turn may wait."""
+        if self._asked_at >= self._next_check:
+            self._next_check = self._asked_at + self.TICK
+            for client in list(self._clients):
+                self._check(client)
+        if self._accepting != self._may_accept():
+            self._watch_listeners()
+        timed = self._ending or self._now < self._resume_at or self._idle_timeout < inf
+        return max(self._next_check - time.monotonic(), 0) if timed else None
+
+    def _check(self, client: Client) -> None:
+        """End a client that is idle; close one that is ending and has had its time."""
+        # Time is up only if it was when the kernel was asked: so Ctrl-Z ends nobody.
+        silence = self._asked_at - client.last_active
+        if client not in self._ending:
+            if silence >= self._idle_timeout:
+                self._begin_ending(client, f"idle for {self._idle_timeout:g} s")
+            return
+        has_all = not client.outbox
+        if has_all and sys.platform == "linux":  # Others cannot tell: silence must do.
+            state = client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+            has_all = state != b"\4"  # TCP_FIN_WAIT1: our EOF is not acknowledged yet.
+        late = self._asked_at - client.end_began >= self.LINGER
+        if late or (has_all and silence >= self.MOMENT):
+            self._close(client, client.end_reason)
+
+    def _begin_ending(self, client: Client, reason: str) -> None:
         """End a connection from our side: what is owed, then EOF, then time to hang up.
 
-        What still comes is read and thrown away. Unread, it would make close() send a
+        Until then, what comes is read and thrown away: unread, it makes close() send a
         reset, which destroys what is on its way to the client (RFC 1122, 4.2.2.13).
         """
-        if not client.ending:  # The first reason stays, if this is called again.
-            client.ending = reason
-            client.ending_since = self._now
-        self._deadline = min(self._deadline, self._now + self.TICK)
+        self._ending.add(client)
+        client.end_began, client.end_reason = self._now, reason
+        client.inbox.clear()  # A full one would leave no room to read.
         if not client.outbox:
-            client.last_active = self._now
-            with contextlib.suppress(OSError):  # It has gone. The next read says so.
-                client.sock.shutdown(socket.SHUT_WR)
+            self._send_eof(client)
 
-    def _check_deadlines(self, began: float) -> None:
-        """End who is idle, close who has had its time, and set the next deadline."""
-        if began < self._deadline:
-            return  # None had come when this turn began.
-        if began >= self._rest_until:
-            self._rest_until = inf
-        for client in list(self._clients):
-            if not client.ending and began - client.last_active >= self._idle_timeout:
-                self._end(client, f"idle for {self._idle_timeout:g} s")
-            if client.ending and self._had_time(client, began):
-                self._close(client, client.ending)
-        pending = self._idle_timeout < inf or any(c.ending for c in self._clients)
-        self._deadline = min(self._rest_until, began + self.TICK if pending else inf)
+    def _send_eof(self, client: Client) -> None:
+        client.last_active = self._now
+        with contextlib.suppress(OSError):  # It has gone. The next read says so.
+            client.sock.shutdown(socket.SHUT_WR)
 
-    def _had_time(self, client: Client, began: float) -> bool:
-        """Tell if an ending client has been silent for a moment, or takes too long."""
-        silent, ending = began - client.last_active, began - client.ending_since
-        acknowledged = True  # if the system cannot tell: then silence must do
-        with contextlib.suppress(OSError, AttributeError):
-            info = client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-            acknowledged = info[0] != self.FIN_WAIT1  # Its first byte is the state.
-        late = ending >= self.LINGER or silent >= self._idle_timeout  # it takes nothing
-        return late or (silent >= self.MOMENT and acknowledged and not client.outbox)
-
-    def _stop(self) -> None:
-        """Take in those who wait, serve who is ready, then end every connection."""
-        for listener in self._listeners:
-            self._accept(listener, self._max_clients)
-            self._close_socket(listener)
-        self._deadline = self._now  # so that this turn does not wait
-        self._turn()
-        for client in self._clients:
-            self._end(client, "server stopping")
+    def _drain(self) -> None:
+        """Answer all clients that have come so far, then end their connections."""
+        while self._listeners:
+            self._accept(self._listeners[-1], self.max_clients)
+            self._discard(self._listeners.pop())
+        self._turn(0)  # without waiting: what they have sent is there
+        for client in self._clients - self._ending:
+            self._begin_ending(client, "server stopping")
         if self._clients:
             left = f"clients left: {len(self._clients)}, for {self.LINGER:g} s at most"
             log.info("stopping: %s; a second signal ends it at once, or close()", left)
+        timeout = self._keep_house()
         while self._clients and not self._closing:
-            self._turn()
-
-    # ---- Starting and stopping from outside ------------------------------------------
-
-    def _open(self, port: int, hosts: str | Iterable[str] | None) -> None:
-        with contextlib.ExitStack() as opened:
-            for sock in (self._wake_receiver, self._wake_sender):
-                opened.enter_context(sock).setblocking(False)
-            opened.callback(self._close_all)
-            self._selector.register(self._wake_receiver, EVENT_READ)
-            if isinstance(self._selector, selectors.SelectSelector):
-                self._max_clients = min(self._max_clients, self.SELECT_CLIENTS)
-            self._listeners = listen(port, hosts)
-            self.addresses = [host_and_port(s.getsockname()) for s in self._listeners]
-            self._opened: contextlib.ExitStack[Any] = opened.pop_all()
-
-    def _close_all(self) -> None:
-        self._closing = True
-        for client in list(self._clients):
-            self._close(client, "server closed")
-        for listener in self._listeners:
-            self._close_socket(listener)
-        self._selector.close()
-
-    def _close_socket(self, sock: socket.socket) -> None:
-        """Shut down and close a socket: a forked child's copy of it ends as well."""
-        with contextlib.suppress(KeyError, ValueError):  # not registered, or closed
-            self._selector.unregister(sock)
-        with contextlib.suppress(OSError), sock:  # Not connected: only close it.
-            sock.shutdown(socket.SHUT_RDWR)
+            self._turn(timeout)
+            timeout = self._keep_house()
 
     def shutdown(self) -> None:
         """Make `serve_forever()` return. Any thread or signal handler may call it."""
@@ -386,7 +375,19 @@ class EchoServer:
         """Close everything at once; if `serve_forever()` runs, make it do so."""
         self._closing = True
         self.shutdown()
-        self._opened.close()  # It is empty while serve_forever() runs.
+        if not self._is_serving:
+            self._release()
+
+    def _release(self) -> None:
+        """Close everything. It may be called twice, and goes on after a failure."""
+        self._closing = True
+        with contextlib.ExitStack() as stack:  # It makes all calls, the last one first.
+            for resource in (self._wake_sender, self._wake_receiver, self._selector):
+                stack.callback(resource.close)
+            while self._listeners:
+                stack.callback(self._discard, self._listeners.pop())
+            for client in self._clients:
+                stack.callback(self._close, client, "server closed")
 
     def __enter__(self) -> EchoServer:
         return self
@@ -395,40 +396,29 @@ class EchoServer:
         self.close()
 
 
-def check_range(port: int, *others: float) -> None:
-    """Raise ValueError, with name and value, for an argument that is out of range."""
-    if not 0 <= port <= 65535:
-        raise ValueError(f"port must be 0 to 65535, not {port}")
-    for name, value in zip(("max_line", "max_clients", "idle_timeout"), others):
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, not {value}")
-
-
 # ---- Addresses -----------------------------------------------------------------------
-
-LOOPBACKS = [(socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_INET6, ("::1", 0, 0, 0))]
-NUMERIC = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV  # nothing is looked up
-NO_IPV6 = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+HOST = r"[\w:%-]{1,63}(\.[\w:%-]{1,63})*\.?"  # Parts have 63 characters at most.
+NO_IPV6 = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
 BACKLOG = 4096  # connections that the kernel may queue; it has a limit of its own, too
 OPTIONS = (  # Accepted sockets inherit them. Not every system knows them all.
     (socket.SOL_SOCKET, "SO_OOBINLINE", 1),  # an urgent byte is a byte like any other
     (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # short lines go out at once
     (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", 1 << 17),  # no room with so many unsent
-    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),  # probe a silent client
-    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 300),  # seconds until the first probe
-    (socket.IPPROTO_TCP, "TCP_KEEPALIVE", 300),  # its name on macOS
-    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 75),  # seconds between probes
-    (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),  # unanswered probes, then it counts as gone
+    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),  # ask a silent client if it is there:
+    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 200),  # after so many seconds; some networks
+    (socket.IPPROTO_TCP, "TCP_KEEPALIVE", 200),  # forget it after 240 (macOS's name)
+    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 75),  # seconds until it is asked again
+    (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),  # questions without an answer: it has gone
 )
 
 
 def host_and_port(address: Any) -> tuple[str, int]:
     """Return both; the host keeps its scope, as in fe80::1%eth0."""
-    host, port, *scope = address or ("?", 0)  # On macOS it may be gone: no address.
-    if any(scope):
-        with contextlib.suppress(OSError):  # The interface has gone.
-            host = socket.getnameinfo(address, NUMERIC)[0]
-    return host, port
+    if not address:
+        return "?", 0  # macOS: the newcomer has gone, and its address with it.
+    numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV  # Nothing is looked up.
+    host, port = socket.getnameinfo(address, numeric)
+    return host, int(port)
 
 
 def endpoint(host: str, port: int) -> str:
@@ -436,165 +426,215 @@ def endpoint(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def look_up(host: str, port: int) -> list[tuple[int, Any]]:
-    """Return a name's (family, address) pairs. Raises OSError, ValueError."""
-    try:
-        if not host:
-            raise UnicodeError  # It would stand for every address, by accident.
-        found: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except UnicodeError:
-        raise ValueError(f"hosts (-b) must not be {host!r}") from None
-    except OSError as error:
-        raise cannot_listen(host, port, error) from None
-    return list(dict.fromkeys((family, address) for family, *_, address in found))
+def look_up(hosts: str | Sequence[str], port: int) -> dict[tuple[int, Any], bool]:
+    """Return (family, address) pairs, each once: True, if it may be missing."""
+    pairs: dict[tuple[int, Any], bool] = {}
+    for host in [hosts] if isinstance(hosts, str) else hosts:
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        # An IPv6 address has two colons or more. A single one stands before a port.
+        if not re.fullmatch(HOST, bare) or bare.count(":") == 1:
+            raise ValueError(f"{host!r} is not a name or an IP address without a port")
+        try:
+            found = socket.getaddrinfo(bare, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise OSError(error.errno, explain(error), endpoint(bare, port)) from None
+        # Where there is no IPv6, IPv4 is enough by default, and for a name with both.
+        either = hosts is LOOPBACKS or any(f == socket.AF_INET for f, *_ in found)
+        for pair in [(family, address) for family, *_, address in found]:
+            is_optional = either and pair[0] == socket.AF_INET6
+            pairs[pair] = is_optional and pairs.get(pair, True)
+    return pairs
 
 
-def cannot_listen(host: str, port: int, error: OSError) -> OSError:
-    """Return the error with a text that names the address."""
-    reason = plain(error).partition(" (while ")[0]  # what create_server() has to add
-    return OSError(error.errno, f"cannot listen on {endpoint(host, port)}: {reason}")
+def listen(port: int, hosts: str | Sequence[str]) -> list[socket.socket]:
+    """Listen on all addresses of all hosts, on one port. Raises ValueError, OSError."""
+    pairs = look_up(hosts, port)
+    for _ in range(0 if port else 9):
+        with contextlib.suppress(OSError):  # It is free on one address, not on all.
+            return open_listeners(port, pairs)
+    return open_listeners(port, pairs)
 
 
-def listen(port: int, hosts: Any, tries: int = 10) -> list[socket.socket]:
-    """Listen on every address of every host, on one port. Raises like look_up()."""
-    # No host at all becomes "", which look_up() refuses. An iterator is read only once.
-    names = [hosts] if isinstance(hosts, str) else list(hosts or ()) or [""]
-    groups: Any = [LOOPBACKS] if hosts is None else [look_up(n, port) for n in names]
+def open_listeners(port: int, pairs: dict[Any, bool]) -> list[socket.socket]:
+    """Listen on the addresses that look_up() has returned."""
     listeners: list[socket.socket] = []
-    with contextlib.ExitStack() as opened:
-        for group in groups:
-            for family, (host, _, *scope) in group:
-                bound = listeners[0].getsockname()[1] if listeners else port
-                where = (host, bound, *scope)
-                try:
-                    sock = socket.create_server(where, family=family, backlog=BACKLOG)
-                except OSError as error:
-                    no_ipv6 = family == socket.AF_INET6 and error.errno in NO_IPV6
-                    if no_ipv6 and socket.AF_INET in dict(group):
-                        continue  # The IPv4 address of the same name must do.
-                    if port == 0 and error.errno == errno.EADDRINUSE and tries:
-                        opened.close()  # It is free on one address, but not on all.
-                        return listen(port, None if hosts is None else names, tries - 1)
-                    raise cannot_listen(host, bound, error) from None
-                listeners.append(opened.enter_context(sock))
-                sock.setblocking(False)
-                for level, option, value in OPTIONS:
-                    with contextlib.suppress(AttributeError, OSError):  # not known here
-                        sock.setsockopt(level, getattr(socket, option), value)
+    with contextlib.ExitStack() as opened:  # After a failure, it closes them.
+        for (family, (host, _, *scope)), is_optional in pairs.items():
+            address = (host, port, *scope)
+            try:
+                listener = socket.create_server(address, family=family, backlog=BACKLOG)
+            except OSError as error:
+                if is_optional and error.errno in NO_IPV6:
+                    continue
+                # Behind the long error of create_server(), there is the one of bind().
+                hidden = error.__suppress_context__ and error.__context__
+                text = explain(hidden or error)
+                if error.errno == errno.EINVAL and ":" in host and not any(scope[1:]):
+                    text += " (fe80::1 needs its interface, as in fe80::1%eth0)"
+                raise OSError(error.errno, text, endpoint(host, port)) from None
+            listeners.append(opened.enter_context(listener))
+            port = listener.getsockname()[1]  # if it was 0
+            for level, name, value in OPTIONS:
+                with contextlib.suppress(AttributeError, OSError):  # not known here
+                    listener.setsockopt(level, getattr(socket, name), value)
         opened.pop_all()
     return listeners
 
 
 # ---- The log -------------------------------------------------------------------------
+SHOWN = 80  # so many lines of a read are logged, and so many bytes of a line
 
 
-def plain(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
     """Return the reason alone: Connection reset by peer, without [Errno 104]."""
     return getattr(error, "strerror", None) or str(error) or "out of memory"
 
 
-def log_lines(name: str, lines: list[bytes], most: int = 80, width: int = 80) -> None:
+def log_lines(name: str, lines: list[bytes]) -> None:
     """Log the first lines of a read, each escaped and cut short."""
-    for line in lines[:most]:
-        log.debug("%s %r%s", name, line[:width], "..." if len(line) > width else "")
-    if len(lines) > most:
-        log.debug("%s and more lines: %d", name, len(lines) - most)
+    for line in lines[:SHOWN]:
+        log.debug("%s %r%s", name, line[:SHOWN], "..." if len(line) > SHOWN else "")
+    if len(lines) > SHOWN:
+        log.debug("%s and more lines: %d", name, len(lines) - SHOWN)
 
 
 class LogHandler(logging.Handler):
-    """Writes the log to stdout. Drops a line for which there is no room at once."""
+    """Writes to stdout. Drops a line for which there is no room at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, undo: contextlib.ExitStack) -> None:
         super().__init__()
-        # A terminal may stop (Ctrl-S), and is not ours alone to make non-blocking.
-        with contextlib.suppress(OSError, AttributeError, ValueError):  # no terminal
-            stdout = sys.stdout.fileno()
-            tty = os.open(os.ttyname(stdout), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-            os.dup2(tty, stdout)
-            os.close(tty)
+        self._separator = b""  # a newline, after a line that was cut
+        self._stdout = -1  # It has no descriptor: IDLE, a notebook.
+        # A terminal may stop (Ctrl-S), and is not ours alone: it is opened once more.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._stdout = sys.stdout.fileno()
+            if sys.platform != "win32":
+                flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
+                self._stdout = os.open(os.ttyname(self._stdout), flags)
+                undo.callback(os.close, self._stdout)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line of ASCII, if it can be written."""
         line = self.format(record).encode("ascii", "backslashreplace") + b"\n"
-        with contextlib.suppress(OSError, AttributeError, ValueError):
-            stdout = sys.stdout.fileno()
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if self._stdout < 0:
+                sys.stdout.write(line.decode())
             # POSIX: a pipe with room takes 512 bytes: a whole line. Windows may wait.
-            if os.name == "nt" or select.select([], [stdout], [], 0)[1]:
-                os.write(stdout, line)
+            elif sys.platform == "win32" or select.select([], [self._stdout], [], 0)[1]:
+                line = self._separator + line
+                written = os.write(self._stdout, line)
+                self._separator = b"" if line[:written].endswith(b"\n") else b"\n"
 
 
 # ---- The command line ----------------------------------------------------------------
+# Windows: SIGBREAK is Ctrl-Break, and a console that is closed.
+SIGNALS = [n for n in signal.Signals if n.name in ("SIGINT", "SIGTERM", "SIGBREAK")]
 
 
-def parse_arguments() -> tuple[argparse.ArgumentParser, dict[str, Any]]:
-    """Return the parser, which can report errors, and the options that were given."""
+def number(kind: type, above: float, most: float, name: str, text: str) -> Any:
+    """Return such a number that is made of a text, for argparse."""
+    with contextlib.suppress(ValueError):
+        if above < kind(text) <= most:
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not {name}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser. What is not given on the command line, it leaves out."""
+    port = partial(number, int, -1, 65535, "a port (0 to 65535); -b takes an address")
+    count = partial(number, int, 0, inf, "a whole number above 0")
+    seconds = partial(number, float, 0, inf, "a number above 0")
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
-    parser.description = "Echo lines to TCP clients, by default on both loopbacks."
-    parser.add_argument("port", nargs="?", type=int, default=12321, help="0 is any")
-    parser.add_argument("-b", "--bind", action="append", metavar="ADDRESS")
-    parser.add_argument("--lf", action="store_true", help="lines end with LF alone")
-    parser.add_argument("--max-line", type=int, metavar="BYTES", help="default: 1 MiB")
-    parser.add_argument("--max-clients", type=int, metavar="N", help="default: 1000")
-    parser.add_argument("--idle-timeout", type=float, metavar="SECONDS", help="or none")
-    parser.add_argument("--version", action="version", version=f"echo.py {__version__}")
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("-q", action="store_true", help="once up, log warnings only")
-    either.add_argument("-v", action="store_true", help="log each echoed line, too")
-    return parser, vars(parser.parse_args())
+    parser.description = "Echo lines to TCP clients. A line ends with CR LF."
+    parser.epilog = r"example of a client: printf 'hello\r\n' | nc -N localhost 12321"
+    add = parser.add_argument
+    text = "port to listen on (default: 12321); 0 takes a free one, which the log tells"
+    add("port", nargs="?", type=port, default=12321, help=text)
+    add("--version", action="version", version=f"echo.py {__version__}")
+    text = (
+        "address or name to listen on; may be repeated; 0.0.0.0 is all of IPv4, :: of "
+    )
+    text += "IPv6 (default: 127.0.0.1 and ::1, which only this machine can reach)"
+    add("-b", "--bind", action="append", dest="hosts", metavar="ADDRESS", help=text)
+    add("--lf", action="store_true", help="end lines with LF alone (default: CR LF)")
+    text = "longest line, without its end; a longer one ends the connection "
+    add("--max-line", type=count, metavar="BYTES", help=text + "(default: 1048576)")
+    text = "so many clients are served at once; the next one waits (default: 1000)"
+    add("--max-clients", type=count, metavar="N", help=text)
+    text = "end a connection on which no byte has moved for so long (default: never)"
+    add("--idle-timeout", type=seconds, metavar="SECONDS", help=text)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("-q", "--quiet", action="store_true", help="log addresses and warnings only")
+    add("-v", "--verbose", action="store_true", help="log each echoed line, too")
+    return parser
+
+
+def stop_on_signals(server: EchoServer, undo: contextlib.ExitStack) -> None:
+    """Let signals stop the server, until `undo` is closed."""
+    times: list[float] = []
+
+    def _on_signal(*_: object) -> None:
+        signal.set_wakeup_fd(-1)  # A server that is stopping wakes up by itself.
+        times.append(time.monotonic())
+        if times[-1] - times[0] >= 1:  # Sooner, a wrapper has passed on the first one.
+            server.close()
+        server.shutdown()
+
+    for number in SIGNALS:
+        undo.callback(signal.signal, number, signal.signal(number, _on_signal))
+    old = signal.set_wakeup_fd(server.wakeup_fd, warn_on_full_buffer=False)
+    undo.callback(signal.set_wakeup_fd, old)
+    if __name__ == "__main__" and sys.platform != "win32":
+        # Before all that: during Python's exit, a signal would show a traceback.
+        undo.callback(signal.pthread_sigmask, signal.SIG_BLOCK, SIGNALS)
 
 
 def raise_descriptor_limit(clients: int) -> None:
     """Let this process have the descriptors that so many clients need, or warn."""
-    with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows
-        import resource
+    if sys.platform == "win32":
+        return  # It has no such limit.
+    import resource
 
-        needed = clients + 32  # for listeners, the selector, and what was inherited
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = clients + 32  # for listeners, the selector, and what was inherited
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # macOS has one more limit.
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(needed, hard)), hard))
-        if hard < needed:
-            log.warning("too few descriptors for %d clients: see ulimit -n", clients)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < needed:
+        hint = "raise the limit (ulimit -n), or lower --max-clients"
+        log.warning("only %d descriptors for %d clients: %s", soft, clients, hint)
 
 
 def main() -> None:
-    """Serve until a signal comes, as the command line says."""
-    wanted = ("SIGINT", "SIGTERM", "SIGBREAK")  # Windows: Ctrl-Break, a closed console
-    stop_signals = [number for number in signal.Signals if number.name in wanted]
-    server, ignore_until = None, 0.0
-
-    def _on_signal(*_: object) -> None:
-        nonlocal ignore_until
-        if not server:
-            sys.exit()  # Looking up a name may take long.
-        now, is_first = time.monotonic(), ignore_until == 0
-        if now >= ignore_until:
-            ignore_until = now + 1  # A wrapper may pass on the same signal again.
-            server.shutdown() if is_first else server.close()
-
-    for number in stop_signals:
-        signal.signal(number, _on_signal)
-    parser, options = parse_arguments()
-    quiet, verbose = options.pop("q", False), options.pop("v", False)
+    """Serve as the command line says, until a signal comes."""
+    parser = make_parser()
+    options = vars(parser.parse_args())
+    quiet, verbose = options.pop("quiet", False), options.pop("verbose", False)
     try:
-        server = EchoServer(hosts=options.pop("bind", None), **options)
-        signal.set_wakeup_fd(server._wake_sender.fileno(), warn_on_full_buffer=False)
-        server._opened.callback(signal.set_wakeup_fd, -1)  # before it is closed
+        server = EchoServer(**options)
     except ValueError as error:
-        parser.error(str(error).replace("max_", "--max-").replace("idle_", "--idle-"))
-    except (OSError, MemoryError) as error:
-        sys.exit(f"{parser.prog}: {plain(error)}")
-    log.addHandler(LogHandler())
-    log.setLevel(logging.INFO)
-    for address in server.addresses:
-        log.info("listening on %s", endpoint(*address))
-    raise_descriptor_limit(server._max_clients)
-    log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else log.level)
-    server.serve_forever()
-    # During Python's exit, or within signal.signal(), a signal would show a traceback.
-    with contextlib.suppress(AttributeError):  # not on Windows
-        signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
-    for number in stop_signals:
-        signal.signal(number, signal.SIG_IGN)
+        parser.error(f"argument -b/--bind: {error}")
+    except OSError as error:
+        sys.exit(f"{parser.prog}: cannot listen on {error.filename}: {explain(error)}")
+    with server, contextlib.ExitStack() as undo:
+        stop_on_signals(server, undo)
+        handler = LogHandler(undo)
+        undo.callback(log.setLevel, log.level)
+        undo.callback(log.removeHandler, handler)
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        for address in server.addresses:
+            log.info("listening on %s", endpoint(*address))
+        raise_descriptor_limit(server.max_clients)
+        if quiet or verbose:
+            log.setLevel(logging.WARNING if quiet else logging.DEBUG)
+        try:
+            server.serve_forever()
+        except OSError as error:
+            sys.exit(f"{parser.prog}: cannot wait for clients: {explain(error)}")
 
 
 if __name__ == "__main__":
+    for stop_signal in SIGNALS:  # Until it listens, they just end it.
+        signal.signal(stop_signal, signal.SIG_DFL)
     main()
