@@ -87,8 +87,7 @@ def take_lines(
     start = max(len(inbox) - 1, 0)  # The last byte may be a CR that waits for its LF.
     inbox += chunk
     # For speed alone: no LF, no end; and one byte is found 40 times as fast as two.
-    has_lf = inbox.find(b"\n", start) >= 0
-    found = inbox.rfind(terminator, start) if has_lf else -1
+    found = inbox.rfind(terminator, start) if inbox.find(b"\n", start) >= 0 else -1
     if found < 0:
         return b"", inbox
     end = found + len(terminator)
@@ -527,7 +526,6 @@ class LogHandler(logging.Handler):
 
 
 # ---- The command line ----------------------------------------------------------------
-# Windows: SIGBREAK is Ctrl-Break, and a console that is closed.
 SIGNALS = [n for n in signal.Signals if n.name in ("SIGINT", "SIGTERM", "SIGBREAK")]
 
 
@@ -570,15 +568,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def stop_on_signals(server: EchoServer, undo: contextlib.ExitStack) -> None:
-    """Let signals stop the server, until `undo` is closed."""
-    times: list[float] = []
+    """Let signals stop the server until `undo` is closed. SIGBREAK is Windows' own."""
+    ignore_until = 0.0
 
     def _on_signal(*_: object) -> None:
-        signal.set_wakeup_fd(-1)  # A server that is stopping wakes up by itself.
-        times.append(time.monotonic())
-        if times[-1] - times[0] >= 1:  # Sooner, a wrapper has passed on the first one.
-            server.close()
-        server.shutdown()
+        nonlocal ignore_until
+        now = time.monotonic()
+        if now >= ignore_until:  # Sooner, a wrapper has passed on the same signal.
+            stop = server.close if ignore_until else server.shutdown
+            ignore_until = now + 1
+            signal.set_wakeup_fd(-1)  # A server that is stopping wakes up by itself.
+            stop()
 
     for number in SIGNALS:
         undo.callback(signal.signal, number, signal.signal(number, _on_signal))
