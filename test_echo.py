@@ -268,7 +268,7 @@ def test_an_urgent_byte_comes_back_in_its_place(start):
 
 
 def hints(caplog):
-    return [r for r in caplog.records if "ends lines with LF" in r.message]
+    return [r for r in caplog.records if "sent LF alone" in r.message]
 
 
 def test_bare_lf_is_explained_once_per_connection_by_a_warning(start, caplog):
@@ -1207,9 +1207,8 @@ def test_a_name_stands_for_its_addresses_of_which_ipv6_may_lack(number, monkeypa
     assert hosts_of() == ["127.0.0.1"]
     refuse_ipv6(monkeypatch, number, 30)
     for hosts in ["127.0.0.1", "::1"], ["::1", "127.0.0.1"]:
-        with pytest.raises(OSError, match=r"no \(while") as caught:
+        with pytest.raises(OSError, match=r"cannot listen on \[::1\]:\d+: no"):
             hosts_of(hosts)
-        assert caught.value.filename.startswith("[::1]:")
 
 
 def test_an_address_is_named_with_its_scope(monkeypatch):
@@ -1239,7 +1238,7 @@ def main(monkeypatch):
 
 NO_PORT = "is not a port (0 to 65535); -b takes an address"
 NO_COUNT = "is not a whole number above 0"
-NO_HOST = "is not a name or an IP address without a port"
+NO_HOST = "is no host name or IP address (give no port)"
 
 
 @pytest.mark.parametrize(
@@ -1271,7 +1270,7 @@ def test_a_bad_argument_is_explained_with_status_2(arguments, message, main, cap
 
 @pytest.mark.parametrize("hosts", [[], "", ["127.0.0.1", ""]])
 def test_no_host_is_not_every_host(hosts):
-    with pytest.raises(ValueError, match=r"^no hosts|^'' is not a name"):
+    with pytest.raises(ValueError, match=r"^no hosts|^'' is no host name"):
         echo.EchoServer(0, hosts)
 
 
