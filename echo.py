@@ -11,18 +11,18 @@ r"""A TCP server that echoes complete lines to many clients at once, on a single
 A line ends with CR LF, and comes back byte for byte. A client that stops in mid-line
 or stops reading delays no other. An error ends only its client. Memory is bounded.
 
-A selector waits until some sockets have bytes to recv or room to send. Then the
-server takes one step for the client of each, without waiting: recv takes what has come,
-send what there is room for. That is one turn of the loop. Between turns, a client is
-two buffers: the inbox holds the beginning of a line, the outbox the bytes it is owed.
-While it is owed bytes, it is not read: TCP makes this client wait, and no other.
-(You can stop at the end of the lesson. The rest makes the server robust.)
+A selector waits until some sockets have bytes to recv or room to send. Then the client
+of each takes one step, which never waits: recv returns the bytes that are there, send
+takes as many as fit. That is one turn of the loop. Between turns, a client is two
+buffers: the inbox holds the beginning of a line, the outbox the bytes it is owed. While
+it is owed bytes, it is not read: its TCP must then stop sending, and no other waits.
+(The lesson ends at a comment in the middle of EchoServer. The rest makes it robust.)
 
     ready     called                               kept           waited for next
     listener  accept() = a client                                 bytes from it
     client    recv() = "hel"                       inbox "hel"    bytes from it
-    client    recv() = "lo\r\n", send(line) = 6    outbox "\n"    room to send
-    client    send("\n") = 1                                      bytes from it
+    client    recv() = "lo\r\n", send() = 6 of 7   outbox "\n"    room to send
+    client    send() = 1 of 1                                     bytes from it
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from functools import partial
 from math import inf
 from typing import Any, Sequence
 
-(__version__ := "1.2.0")  # An older Python stops here, and shows: needs Python 3.8.
+(__version__ := "1.2.0")  # It needs Python 3.8: an older one stops at :=, and shows it.
 LOOPBACKS = ("127.0.0.1", "::1")
 RECEIVE_SIZE = 1 << 17  # bytes that one read takes at most
 BARE_LF = "sent LF alone; lines end with CR LF: use nc -C (macOS: nc -c), or --lf"
@@ -56,7 +56,7 @@ class Client:
 
     Reading: its outbox is empty. The server waits for bytes to recv.
     Owed: its outbox holds bytes. The server waits for room to send, and does not read.
-    Ending, as the server decided: it is sent what it is owed, then EOF. From then on,
+    Ending: the server decided so. It is sent what it is owed, then EOF. From then on,
     what comes from it is thrown away.
     """
 
@@ -66,10 +66,10 @@ class Client:
         self.inbox = bytearray()  # the part of a line that has come so far
         self.outbox = bytearray()  # the bytes owed: the kernel had no room for them
         self.received = self.sent = 0  # bytes
-        # The rest is needed after the lesson. Times are those of time.monotonic().
+        # Used mostly after the lesson. Times are those of time.monotonic().
         self.last_active = now  # when a byte last moved
         self.end_began, self.end_reason = inf, ""  # set when it is ending
-        self.warned = False  # that LF alone does not end a line
+        self.warned = False  # whether the log has said that LF alone ends no line
 
 
 def take_lines(
@@ -82,7 +82,7 @@ def take_lines(
     >>> bytes(lines), inbox
     (b'hello\r\n', bytearray(b'wor'))
     """
-    # For speed alone (0.2 us, not 1): whole lines are passed on, with --lf too.
+    # For speed alone (0.2 us, not 1). CR LF ends with LF: it is right with --lf, too.
     if not inbox and len(chunk) > 1 and chunk[-1] == 10 and chunk[-2] == 13:  # CR LF
         return chunk, inbox
     start = max(len(inbox) - 1, 0)  # The last byte may be a CR that waits for its LF.
@@ -101,7 +101,7 @@ class EchoServer:
     `hosts` are addresses or names, or one as a string; port 0 takes a free one. `lf`
     ends lines with LF alone. `max_line` is in bytes, `idle_timeout` in seconds.
     Raises TypeError or ValueError for a wrong argument, OSError where it cannot listen.
-    Attributes: `addresses`, where it listens; `wakeup_fd`, for signal.set_wakeup_fd().
+    Attributes: `addresses`, `max_clients`, and `wakeup_fd` for signal.set_wakeup_fd().
     """
 
     def __init__(
@@ -117,8 +117,8 @@ class EchoServer:
         self._terminator = b"\n" if lf else b"\r\n"
         self._inbox_limit = operator.index(max_line) + len(self._terminator)  # bytes
         self._selector: selectors.BaseSelector = selectors.DefaultSelector()
-        # Here come _listeners, _ending, _stopping, and what else is explained later.
-        self._init_hardening(hosts, port, max_line, max_clients, idle_timeout)
+        # Makes _listeners, _ending, _wake_receiver and others: see after the lesson.
+        self._init_limits(hosts, port, max_line, max_clients, idle_timeout)
         # All clients share this buffer: what is in it is used up within one step.
         self._buffer = memoryview(bytearray(RECEIVE_SIZE))
         self._clients: set[Client] = set()
@@ -127,17 +127,17 @@ class EchoServer:
             for sock in (self._wake_receiver, *self._listeners):
                 sock.setblocking(False)
                 self._selector.register(sock, selectors.EVENT_READ)
+            self.addresses = [host_and_port(s.getsockname()) for s in self._listeners]
         except BaseException:
             self._release()
             raise
-        self.addresses = [host_and_port(s.getsockname()) for s in self._listeners]
 
     def serve_forever(self) -> None:
         """Serve until `shutdown()`; raise OSError if the selector cannot wait."""
         self._is_serving = True
         try:
             while not self._stopping:  # until shutdown() or close() is called
-                self._turn(timeout=self._housekeeping())
+                self._turn(timeout=self._housekeeping())  # It does what is due first.
             if not self._closing:  # It was shutdown(): answer those who have come.
                 self._drain()
         finally:
@@ -145,7 +145,7 @@ class EchoServer:
 
     def _turn(self, timeout: float | None) -> None:
         """Wait until sockets are ready, and let each take one step."""
-        self._select_began = time.monotonic()
+        self._select_began = time.monotonic()  # for the time limits: see _check()
         ready: list[Any] = self._selector.select(timeout)
         self._now = time.monotonic()
         self._verbose = log.isEnabledFor(logging.DEBUG)
@@ -154,14 +154,14 @@ class EchoServer:
             if client:
                 self._serve(client)
             elif key.fileobj is self._wake_receiver:
-                self._wake_receiver.recv(4096)  # It has ended the wait: see shutdown().
+                self._wake_receiver.recv(4096)  # just a wake-up: see shutdown()
             else:
                 # One step for each ready client, and as many newcomers as there are
                 # ready sockets: neither group can starve the other.
                 self._accept(key.fileobj, len(ready))
 
     def _accept(self, listener: socket.socket, newcomers: int) -> None:
-        """Take in so many newcomers, as far as they are waiting and may come in."""
+        """Accept newcomers, up to this number, as long as the limits allow it."""
         for _ in range(newcomers):
             if not self._may_accept():
                 return
@@ -200,7 +200,7 @@ class EchoServer:
         # Read no more than fits into the inbox: if it is full, its line is too long.
         space = self._buffer[: self._inbox_limit - len(client.inbox)]
         count = client.sock.recv_into(space)
-        if not count:  # EOF, of a close or a half-close. We read: so nothing is owed.
+        if not count:  # EOF: close or half-close. Nothing is owed while we read.
             where = " in mid-line" if client.inbox else ""
             self._close(client, f"closed by client{where}")
             return
@@ -218,10 +218,10 @@ class EchoServer:
             log.warning("%s %s", client.name, BARE_LF)
 
     def _echo(self, client: Client, lines: bytes | memoryview) -> None:
-        """Send new lines at once: mostly there is room, and it saves a turn.
+        """Send new lines at once: usually there is room, and it saves a turn.
 
         The outbox keeps the rest. It was empty, or the lines would not have been read.
-        (A chat server must add to the outboxes of others, bound them, and wait.)
+        (A chat server: add to others' outboxes, bound them, send in their own steps.)
         """
         try:
             sent = client.sock.send(lines)
@@ -249,16 +249,16 @@ class EchoServer:
         """Forget a client. The log says why: the server's own reason, if it has one."""
         self._clients.discard(client)
         self._ending.discard(client)
-        self._discard(client.sock)
+        self._close_socket(client.sock)
         why = client.end_reason or reason
         tally = f"{client.sent} bytes echoed, {client.received - client.sent} dropped"
         log.info("%s disconnected: %s, %s", client.name, why, tally)
 
-    def _discard(self, sock: socket.socket) -> None:
+    def _close_socket(self, sock: socket.socket) -> None:
         with contextlib.suppress(KeyError):  # if it is not registered
             self._selector.unregister(sock)
         with contextlib.suppress(OSError):  # if it is not connected
-            sock.shutdown(socket.SHUT_RDWR)  # or a forked child's copy keeps it open
+            sock.shutdown(socket.SHUT_RDWR)  # even if a forked child has a copy
         sock.close()
 
     # ---- This is the end of the lesson. Limits, shortages, and ending well -----------
@@ -267,13 +267,13 @@ class EchoServer:
     HANG_UP_TIME = 0.5  # seconds of silence after EOF, in which a client may hang up
     LINGER = 5.0  # seconds that the end of a connection may take
 
-    def _init_hardening(self, hosts: Any, port: int, *limits: Any) -> None:
-        if not (hosts and 0 <= operator.index(port) <= 65535 and min(limits) > 0):
+    def _init_limits(self, hosts: Any, port: int, *limits: Any) -> None:
+        if not (hosts and 0 <= port <= 65535 and all(limit > 0 for limit in limits)):
             raise ValueError(f"no hosts, or out of range: port {port}, limits {limits}")
-        self._max_line, self.max_clients, self._idle_timeout = limits
+        self._max_line, most, self._idle_timeout = limits
         # select() takes 1,024 descriptors, on Windows 512 sockets: 500 are safe.
-        if isinstance(self._selector, selectors.SelectSelector):
-            self.max_clients = min(self.max_clients, 500)
+        is_select = isinstance(self._selector, selectors.SelectSelector)
+        self.max_clients = min(operator.index(most), 500 if is_select else most)
         self._listeners: list[socket.socket] = []
         self._ending: set[Client] = set()
         self._accepting = True  # whether the selector watches the listeners
@@ -297,7 +297,7 @@ class EchoServer:
                     self._selector.unregister(listener)
                 if self._accepting:
                     self._selector.register(listener, selectors.EVENT_READ)
-        except OSError as error:  # Some are watched now. After a turn, none will be.
+        except OSError as error:  # Some are watched: _housekeeping() will undo it.
             self._pause_accepting(error)
 
     def _pause_accepting(self, error: OSError | MemoryError) -> None:
@@ -318,7 +318,7 @@ class EchoServer:
 
     def _check(self, client: Client) -> None:
         """End a client that is idle; close one that is ending and has had its time."""
-        # Measured up to the last call of select(): what came during a Ctrl-Z is read.
+        # Measured up to the last call of select(): what came later may still be unread.
         silence = self._select_began - client.last_active
         if client not in self._ending:
             if silence >= self._idle_timeout:
@@ -354,7 +354,7 @@ class EchoServer:
         """Answer all clients that have come so far, then end their connections."""
         while self._listeners:
             self._accept(self._listeners[-1], self.max_clients)
-            self._discard(self._listeners.pop())
+            self._close_socket(self._listeners.pop())
         self._turn(timeout=0)  # One more step for each: what they have sent is there.
         for client in self._clients - self._ending:
             self._begin_ending(client, "server stopping")
@@ -364,7 +364,7 @@ class EchoServer:
         timeout = self._housekeeping()
         while self._clients and not self._closing:
             self._turn(timeout)
-            timeout = self._housekeeping()
+            timeout = self._housekeeping()  # If it closes the last client, do not wait.
 
     def shutdown(self) -> None:
         """Make `serve_forever()` return. Any thread or signal handler may call it."""
@@ -386,7 +386,7 @@ class EchoServer:
             for resource in (self._wake_sender, self._wake_receiver, self._selector):
                 stack.callback(resource.close)
             while self._listeners:
-                stack.callback(self._discard, self._listeners.pop())
+                stack.callback(self._close_socket, self._listeners.pop())
             for client in self._clients:
                 stack.callback(self._close, client, "server closed")
 
@@ -403,7 +403,7 @@ NO_IPV6 = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
 OPTIONS = (  # Accepted sockets inherit them. Not every system knows them all.
     (socket.SOL_SOCKET, "SO_OOBINLINE", 1),  # an urgent byte is a byte like any other
     (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # short lines go out at once
-    (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", 1 << 17),  # full with so many unsent
+    (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", 1 << 17),  # full when so many are unsent
     (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),  # ask silent clients if they are there
     (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 200),  # seconds; some clouds forget after 240
     (socket.IPPROTO_TCP, "TCP_KEEPALIVE", 200),  # the same, on macOS
@@ -483,7 +483,7 @@ def open_listeners(port: int, pairs: dict[Any, bool]) -> list[socket.socket]:
 
 
 # ---- The log -------------------------------------------------------------------------
-SHOWN = 80  # so many lines of a read are logged, and so many bytes of a line
+SHOWN = 80  # at most this many lines of a read are logged, and bytes of a line
 
 
 def explain(error: BaseException) -> str:
@@ -506,7 +506,7 @@ class LogHandler(logging.Handler):
         super().__init__()
         self._separator = b""  # a newline, after a line that was cut
         self._stdout = -1  # stays so where there is no descriptor: IDLE, a notebook
-        # A terminal may stop (Ctrl-S). Its shell goes on with a descriptor that blocks.
+        # Ctrl-S stops a terminal. Open it anew: O_NONBLOCK on ours would hit its shell.
         with contextlib.suppress(OSError, ValueError, AttributeError):
             self._stdout = sys.stdout.fileno()
             if sys.platform != "win32":
@@ -546,7 +546,7 @@ def make_parser() -> argparse.ArgumentParser:
     seconds = partial(number, float, 0, inf, "a number above 0")
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     parser.description = "Echo lines to TCP clients. A line ends with CR LF."
-    parser.epilog = r"example of a client: printf 'hello\r\n' | nc -N localhost 12321"
+    parser.epilog = "a client, for example: nc -C localhost 12321 (macOS: nc -c)"
     add = parser.add_argument
     text = "port to listen on (default: 12321); 0 picks a free one, shown in the log"
     add("port", nargs="?", type=port, default=12321, help=text)
@@ -559,7 +559,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-line", type=count, metavar="BYTES", help=text + "(default: 1048576)")
     text = "clients served at the same time; the others wait (default: 1000)"
     add("--max-clients", type=count, metavar="N", help=text)
-    text = "end a connection after so long without a byte either way (default: never)"
+    text = "end a connection after this time without a byte in or out (default: never)"
     add("--idle-timeout", type=seconds, metavar="SECONDS", help=text)
     add = parser.add_mutually_exclusive_group().add_argument
     add("-q", "--quiet", action="store_true", help="log where it listens, and warnings")
@@ -574,10 +574,10 @@ def stop_on_signals(server: EchoServer, undo: contextlib.ExitStack) -> None:
     def _on_signal(*_: object) -> None:
         nonlocal ignore_until
         now = time.monotonic()
-        if now >= ignore_until:  # Sooner, it may be the same one: wrappers pass it on.
+        if now >= ignore_until:  # else perhaps the same one, sent on by a wrapper
             stop = server.close if ignore_until else server.shutdown
             ignore_until = now + 1
-            signal.set_wakeup_fd(-1)  # It is closed soon. A stop wakes up each TICK.
+            signal.set_wakeup_fd(-1)  # Its socket closes soon. TICK is enough now.
             stop()
 
     for signum in SIGNALS:
@@ -585,7 +585,7 @@ def stop_on_signals(server: EchoServer, undo: contextlib.ExitStack) -> None:
     old = signal.set_wakeup_fd(server.wakeup_fd, warn_on_full_buffer=False)
     undo.callback(signal.set_wakeup_fd, old)
     if __name__ == "__main__" and sys.platform != "win32":
-        # This is undone first: while Python exits, a signal would show a traceback.
+        # Done first of all: a signal while Python exits would show a traceback.
         undo.callback(signal.pthread_sigmask, signal.SIG_BLOCK, SIGNALS)
 
 
