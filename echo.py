@@ -124,9 +124,9 @@ class EchoServer:
         self._clients: set[Client] = set()
         try:
             self._listeners += listen(port, hosts)
-            for sock in (self._wake_receiver, *self._listeners):
-                sock.setblocking(False)
-                self._selector.register(sock, selectors.EVENT_READ)
+            for watched in (self._wake_receiver, *self._listeners):
+                watched.setblocking(False)
+                self._selector.register(watched, selectors.EVENT_READ)
             self.addresses = [host_and_port(s.getsockname()) for s in self._listeners]
         except BaseException:
             self._release()
@@ -276,7 +276,7 @@ class EchoServer:
         self.max_clients = min(operator.index(most), 500 if is_select else most)
         self._listeners: list[socket.socket] = []
         self._ending: set[Client] = set()
-        self._accepting = True  # whether the selector watches the listeners
+        self._accepting: bool | None = True  # whether listeners are watched; None: some
         self._resume_at = -inf  # when a pause of accepting ends
         # When select() has returned, when it was called, when _check() is due:
         self._now = self._select_began = self._next_check = time.monotonic()
@@ -288,21 +288,21 @@ class EchoServer:
     def _may_accept(self) -> bool:
         return len(self._clients) < self.max_clients and self._now >= self._resume_at
 
-    def _toggle_listeners(self) -> None:
+    def _watch_listeners(self) -> None:
         """Start or stop watching them. Unwatched, newcomers wait in a queue."""
-        self._accepting = not self._accepting
+        self._accepting = self._may_accept()
         try:
             for listener in self._listeners:
                 with contextlib.suppress(KeyError):  # if it is not watched
                     self._selector.unregister(listener)
                 if self._accepting:
                     self._selector.register(listener, selectors.EVENT_READ)
-        except OSError as error:  # Some are watched: _housekeeping() will undo it.
+        except OSError as error:  # Some are watched now, others are not.
             self._pause_accepting(error)
 
     def _pause_accepting(self, error: OSError | MemoryError) -> None:
         """Accept nobody for a while: it would fail again, and use a whole core."""
-        self._resume_at = self._now + self.PAUSE
+        self._accepting, self._resume_at = None, self._now + self.PAUSE
         log.warning("cannot accept: %s; next try in %g s", explain(error), self.PAUSE)
 
     def _housekeeping(self) -> float | None:
@@ -312,7 +312,7 @@ class EchoServer:
             for client in list(self._clients):
                 self._check(client)
         if self._accepting != self._may_accept():
-            self._toggle_listeners()
+            self._watch_listeners()
         timed = self._ending or self._now < self._resume_at or self._idle_timeout < inf
         return max(self._next_check - time.monotonic(), 0) if timed else None
 
