@@ -161,10 +161,8 @@ class EchoServer:
                 self._accept(key.fileobj, len(ready))
 
     def _accept(self, listener: socket.socket, newcomers: int) -> None:
-        """Accept newcomers, up to this number, as long as the limits allow it."""
-        for _ in range(newcomers):
-            if not self._may_accept():
-                return
+        """Accept newcomers, up to this number, as far as there are places."""
+        for _ in range(min(newcomers, self.max_clients - len(self._clients))):
             try:
                 sock, address = listener.accept()
                 sock.setblocking(False)
@@ -211,11 +209,11 @@ class EchoServer:
         lines, client.inbox = take_lines(client.inbox, space[:count], self._terminator)
         if lines:
             self._echo(client, lines)
-        elif len(client.inbox) == self._inbox_limit:
-            self._begin_ending(client, f"line longer than {self._max_line} bytes")
         if client.inbox and not client.warned and client.inbox.find(b"\n", -count) >= 0:
             client.warned = True
             log.warning("%s %s", client.name, BARE_LF)
+        if len(client.inbox) == self._inbox_limit:
+            self._begin_ending(client, f"line longer than {self._max_line} bytes")
 
     def _echo(self, client: Client, lines: bytes | memoryview) -> None:
         """Send new lines at once: usually there is room, and it saves a turn.
@@ -302,8 +300,9 @@ class EchoServer:
 
     def _pause_accepting(self, error: OSError | MemoryError) -> None:
         """Accept nobody for a while: it would fail again, and use a whole core."""
+        if self._now >= self._resume_at:  # one warning, even if two listeners fail
+            log.warning("cannot accept: %s; retry in %g s", explain(error), self.PAUSE)
         self._accepting, self._resume_at = None, self._now + self.PAUSE
-        log.warning("cannot accept: %s; next try in %g s", explain(error), self.PAUSE)
 
     def _housekeeping(self) -> float | None:
         """Do what is due before a turn. Return how many seconds the turn may wait."""
@@ -352,6 +351,7 @@ class EchoServer:
 
     def _drain(self) -> None:
         """Answer all clients that have come so far, then end their connections."""
+        self._turn(timeout=0)  # Those who have left make places for others.
         while self._listeners:
             self._accept(self._listeners[-1], self.max_clients)
             self._close_socket(self._listeners.pop())

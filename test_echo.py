@@ -374,6 +374,13 @@ def test_bare_lf_is_explained_once_per_connection_by_a_warning(start, log):
             log.kept.clear()
 
 
+def test_bare_lf_is_explained_though_the_line_is_too_long(start, log):
+    with connect(start(max_line=5)) as client:
+        client.sendall(b"a\nb\nc\nd\n")
+        ends(client)
+    assert log.texts("sent LF alone", logging.WARNING)
+
+
 # Clients
 
 
@@ -547,6 +554,20 @@ def test_client_n_plus_one_waits_and_is_served_when_one_leaves(start, log):
         expect(third, b"hello\r\n")
 
 
+@needs_ipv6
+def test_a_listener_that_fails_shuts_nobody_out_at_another(start, monkeypatch):
+    def accept(sock):
+        if sock.family == socket.AF_INET:
+            raise OSError(errno.EINVAL, "broken")
+        return real(sock)
+
+    real = socket.socket.accept
+    monkeypatch.setattr(socket.socket, "accept", accept)
+    server = start(["127.0.0.1", "::1"])
+    with connect(server.addresses[0]), connect(server.addresses[1]) as other:
+        ask(other)
+
+
 @needs_signals
 def test_the_soft_limit_of_descriptors_is_raised_and_never_lowered(tmp_path):
     code = """
@@ -570,7 +591,7 @@ def test_out_of_descriptors_accepting_rests_and_the_others_are_served(run):
     assert script.line() == told + "--max-clients"
     with takes(1, 6), connected(script, 60) as clients:
         reason = os.strerror(errno.EMFILE)
-        assert script.line() == f"cannot accept: {reason}; next try in 1 s"
+        assert script.line() == f"cannot accept: {reason}; retry in 1 s"
         ask(clients[0])
         for client in clients[:30]:
             client.close()
@@ -893,6 +914,35 @@ def test_what_a_client_sends_after_the_stop_costs_it_nothing(start, log):
         got = len(LINE) + sum(map(len, iter(lambda: client.recv(1 << 20), b"")))
     server.thread.end()
     assert log.texts(f": server stopping, {got} bytes echoed, ")
+
+
+def test_those_who_came_in_a_pause_of_accepting_are_answered(start, log, monkeypatch):
+    def accept(sock):
+        if not failed:
+            failed.append(sock)
+            raise OSError(errno.EPROTO, "failed once")
+        return real(sock)
+
+    failed, real = [], socket.socket.accept
+    monkeypatch.setattr(socket.socket, "accept", accept)
+    server = start()
+    with connect(server) as client:
+        client.sendall(b"hello\r\n")
+        eventually(lambda: log.texts("cannot accept"))
+        server.shutdown()
+        ends(client, b"hello\r\n")
+
+
+def test_a_place_that_is_free_at_the_stop_is_given_to_who_waits_for_it(
+    log, monkeypatch
+):
+    with echo.EchoServer(0, "127.0.0.1", max_clients=1) as server:
+        monkeypatch.setattr(log, "emit", lambda record: server.shutdown())
+        connect(server).close()  # It takes the only place. The log stops the server.
+        with connect(server) as second:
+            second.sendall(b"hello\r\n")
+            server.serve_forever()
+            ends(second, b"hello\r\n")
 
 
 @needs_signals
@@ -1527,6 +1577,8 @@ class Wake(Socket):
 
 
 class Listener(Socket):
+    rest_until = 0.0
+
     def __init__(self, family=socket.AF_INET, *_, **__):
         super().__init__("listener")
         if family == socket.AF_INET6 and self.kernel.no_ipv6:
@@ -1552,15 +1604,17 @@ class Listener(Socket):
 
     def fail(self, error):
         if error not in PASSING:
-            self.kernel.rest_until = self.kernel.now + 1
-            self.kernel.shortages += 1
+            # Another listener may be tried in the same turn: one warning for both.
+            self.kernel.shortages += self.kernel.now >= self.kernel.rest_until
+            self.rest_until = self.kernel.rest_until = self.kernel.now + 1
             self.kernel.progress()
 
     def accept(self):
         kernel = self.kernel
         try:
             self.begin_call()
-            kernel.must(kernel.now >= kernel.rest_until, "accepting does not pause")
+            rested = kernel.now >= self.rest_until or kernel.stopped is not None
+            kernel.must(rested, "accepting does not pause")
             kernel.must(not kernel.full(), "more clients than --max-clients are in")
             if not self.is_ready(READ):
                 raise error_of(AGAIN)
