@@ -561,9 +561,8 @@ def test_a_listener_that_fails_shuts_nobody_out_at_another(start, monkeypatch):
             raise OSError(errno.EINVAL, "broken")
         return real(sock)
 
-    real = socket.socket.accept
+    real, server = socket.socket.accept, start(["127.0.0.1", "::1"])
     monkeypatch.setattr(socket.socket, "accept", accept)
-    server = start(["127.0.0.1", "::1"])
     with connect(server.addresses[0]), connect(server.addresses[1]) as other:
         ask(other)
 
@@ -923,9 +922,8 @@ def test_those_who_came_in_a_pause_of_accepting_are_answered(start, log, monkeyp
             raise OSError(errno.EPROTO, "failed once")
         return real(sock)
 
-    failed, real = [], socket.socket.accept
+    failed, real, server = [], socket.socket.accept, start()
     monkeypatch.setattr(socket.socket, "accept", accept)
-    server = start()
     with connect(server) as client:
         client.sendall(b"hello\r\n")
         eventually(lambda: log.texts("cannot accept"))
