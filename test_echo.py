@@ -821,11 +821,13 @@ def test_the_short_ci_program_keeps_the_status(tmp_path):
         assert printed == (status, "b'hello\\r\\n'\n")
 
 
-@pytest.mark.parametrize("mode", ["prepend", "importlib"])
+@pytest.mark.parametrize("mode", ["prepend", "importlib", "append"])
 def test_the_pytest_fixture_works_with_each_import_mode(tmp_path, mode):
     shutil.copy(SCRIPT, tmp_path / "echo.py")
     (tmp_path / "pytest.ini").write_text(block("ini", r"\[pytest\]"))
     (tmp_path / "tests").mkdir()
+    if mode == "append":
+        (tmp_path / "tests" / "__init__.py").touch()  # a package of tests
     recipe = block("python", "import socket\nimport threading\n\nimport pytest")
     (tmp_path / "tests" / "test_it.py").write_text(recipe)
     command = (sys.executable, "-m", "pytest", "-q", f"--import-mode={mode}")
@@ -934,8 +936,8 @@ class Kernel:
         self.idle_timeout = setup.get("idle_timeout", NEVER)
         self.now, self.turn, self.late, self.keys = 1000.0, 0, LATE, {}
         self.sockets, self.listeners, self.accepted = [], [], []
-        self.wakes, self.told = 0, []  # bytes in the socket pair; who was ready
-        self.newcomers = 0  # in this turn
+        self.wakes = 0  # bytes in the socket pair
+        self.told, self.newcomers = [], 0  # in this turn
         self.useless, self.moved = 0, self.now  # turns without progress; the last one
         self.rest_until, self.shortages, self.cannot_wait = 0.0, 0, False
         self.may_miss = False  # whether a newcomer may be left out at a stop
@@ -1050,7 +1052,7 @@ class Kernel:
         if not self.ready():
             self.pass_time(timeout)
         ready = self.ready()
-        self.note(f"select({timeout})")
+        self.note(f"select({timeout and round(timeout, 2)})")
         counts = range(len(ready), 0, -1) or [0]  # how many of them are ready by now
         ready = self.chance.sample(ready, self.decide(self, counts, errors=("EPERM",)))
         self.told = [key.fileobj for key in ready]
@@ -1306,12 +1308,10 @@ class Connection(Socket):
         must, key = self.kernel.must, self.kernel.keys.get(self)
         must(self.failed in ("", "ENOTCONN"), "a connection that has failed is kept")
         must(key, "it does not wait for a client")
-        late = (
-            "a line that is complete"
-            if self.sent in self.ends
-            else "the rest of a line"
-        )
-        must(not self.owed() or key.events == WRITE, f"{late} is not sent")
+        what = "a complete line" if self.sent in self.ends else "the rest of a line"
+        promises = f"{what} is not sent", f"neither {what} nor EOF is sent"
+        promise = promises[self.idle_since <= self.kernel.now]
+        must(not self.owed() or key.events == WRITE, promise)
         must(self.owed() or key.events == READ, "it waits for room, and owes nothing")
         ends = self.ended < NEVER or self.owed() or not self.is_too_long()
         must(ends, "a line that is too long ends nothing")
