@@ -362,7 +362,8 @@ def test_a_reset_ends_that_client_alone(start, state, log):
         victim.close()
         eventually(lambda: log.texts(" disconnected: "))
         ask(other)
-    assert log.texts(r" disconnected: [A-Z][\w ]+, \d+ bytes echoed, \d+ dropped$")
+    reason = os.strerror(errno.ECONNRESET) if sys.platform == "linux" else r"[\w -]+"
+    assert log.texts(rf" disconnected: {reason}, \d+ bytes echoed, \d+ dropped$")
 
 
 def test_nothing_is_kept_of_what_was_sent_nor_of_a_client_that_has_gone(start):
@@ -415,11 +416,10 @@ def test_client_n_plus_one_waits_and_is_served_when_one_leaves(start, log):
         expect(third, b"hello\r\n")
 
 
-@pytest.mark.parametrize(("limit", "most"), [(600, 500), (2, 2)])
-def test_select_gets_no_more_clients_than_it_can_watch(limit, most, monkeypatch):
+def test_select_gets_no_more_clients_than_it_can_watch(monkeypatch):
     monkeypatch.setattr(selectors, "DefaultSelector", selectors.SelectSelector)
-    with echo.EchoServer(0, max_clients=limit) as server:
-        assert server.max_clients == most
+    with echo.EchoServer(0) as many, echo.EchoServer(0, max_clients=2) as few:
+        assert (many.max_clients, few.max_clients) == (500, 2)
 
 
 @needs_ipv6
@@ -498,7 +498,7 @@ def test_a_client_that_is_gone_is_noticed_within_ten_minutes(monkeypatch):
     tcp.update(KEEPIDLE=240, KEEPALIVE=240, KEEPINTVL=120, KEEPCNT=3)  # seconds; times
     monkeypatch.setattr(socket.socket, "setsockopt", setsockopt)
     echo.EchoServer(0).close()
-    for family in {family for family, *_ in options}:
+    for family in (socket.AF_INET, socket.AF_INET6)[: len(LOOPBACKS)]:
         assert options[family, socket.SOL_SOCKET, socket.SO_KEEPALIVE] == 1
         for name, most in tcp.items():
             if option := getattr(socket, f"TCP_{name}", None):
@@ -506,6 +506,7 @@ def test_a_client_that_is_gone_is_noticed_within_ten_minutes(monkeypatch):
 
 
 # ADDRESSES, AND THE COMMAND LINE
+@needs_signals
 def test_by_default_it_listens_on_both_loopbacks_on_port_12321(run):
     if not all(can_listen(host, 12321) for host in LOOPBACKS):
         pytest.skip("port 12321 is taken")
@@ -656,6 +657,7 @@ def test_after_a_log_line_that_was_cut_the_next_one_begins_a_line(run, tmp_path)
     assert path.read_bytes().startswith(b"\n127.0.0.1:")
 
 
+@needs_signals
 @pytest.mark.parametrize("how", ["a terminal", ">/dev/full", ">&-", "2>&-", ">&- <&-"])
 def test_a_stdout_that_is_not_usable_stops_nobody_and_stays_as_it_was(run, how):
     shell = ("sh", "-c", f'exec "$@" {how if ">" in how else ""}', "sh")
@@ -936,8 +938,7 @@ class Kernel:
         self.idle_timeout = setup.get("idle_timeout", NEVER)
         self.now, self.turn, self.late, self.keys = 1000.0, 0, LATE, {}
         self.sockets, self.listeners, self.accepted = [], [], []
-        self.wakes = 0  # bytes in the socket pair
-        self.told, self.newcomers = [], 0  # in this turn
+        self.wakes, self.told, self.newcomers = 0, [], 0  # told: who is ready now
         self.useless, self.moved = 0, self.now  # turns without progress; the last one
         self.rest_until, self.shortages, self.cannot_wait = 0.0, 0, False
         self.may_miss = False  # whether a newcomer may be left out at a stop
@@ -1380,9 +1381,8 @@ class Connection(Socket):
         return count
 
     def getsockopt(self, level, name, size=0):
-        is_late = self.ended <= self.kernel.now < self.ended + self.acks
-        state = 4 if is_late else 1  # TCP_FIN_WAIT1: the EOF is not acknowledged yet.
-        return bytes([state]).ljust(size, b"\0") if size else 0
+        is_late = self.ended <= self.kernel.now < self.ended + self.acks  # FIN_WAIT1
+        return (b"\4" if is_late else b"\1").ljust(size, b"\0") if size else 0
 
     def shutdown(self, how):
         kernel, must = self.kernel, self.kernel.must
