@@ -665,10 +665,10 @@ def test_after_a_log_line_that_was_cut_the_next_one_begins_a_line(run, tmp_path)
 @pytest.mark.parametrize("how", ["a terminal", ">&-", "2>&-", ">&- 2>&- <&-"])
 def test_a_stdout_that_is_not_usable_stops_nobody_and_stays_as_it_was(run, how):
     shell = ("sh", "-c", f'exec "$@" {how if ">" in how else ""}', "sh")
-    terminal, stdout = os.openpty()  # Nobody reads it.
-    with open(terminal, "rb", 0), open(stdout, "wb", 0):
-        options = {"prefix": shell, "stdout": stdout}
-        script, address = run_on_free_port(run, "-v", "12321", **options)
+    terminal, stdout = os.openpty()
+    with open(terminal, "rb", 0) as screen, open(stdout, "wb", 0):
+        script, address = run_on_free_port(run, "12321", prefix=shell, stdout=stdout)
+        assert ">&" in how or screen.readline().startswith(b"listening on ")
         use(address, 300)
         assert os.get_blocking(stdout)
         assert script.stop()[::2] == (0, b"")
