@@ -588,6 +588,7 @@ def test_help_is_enough_by_itself(capsys):
     text = " ".join(capsys.readouterr().out.split())
     words = "echo.py 1./--bind ADDRESS/--lf/--max-line BYTES/--max-clients N/--verbose"
     words += "/--quiet/--idle-timeout SECONDS/never/CR LF/12321/127.0.0.1/::1/1048576"
+    words += "/1000/nc -C/0.0.0.0/free one/repeated/cut short/not counting"
     assert [word for word in words.split("/") if word not in text] == []
 
 
