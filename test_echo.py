@@ -958,7 +958,7 @@ class Kernel:
             raise Violation(self.violation)
 
     def note(self, call):
-        self.calls.append([f"{self.now - 1000:.2f} {call}"])
+        self.calls += [] if self.violation else [[f"{self.now - 1000:.2f} {call}"]]
         return self.calls[-1]
 
     def begin(self, sock, call):
