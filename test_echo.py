@@ -1,7 +1,7 @@
 """What echo.py promises, as a specification that runs.
 
 Part one says what is promised, over real sockets and processes. It knows the public
-names of echo.py, and the script. In part two, a simulated kernel answers in every way
+names of echo.py, and the script. In part two, a simulated kernel answers in any way
 that a kernel may, and lets time pass as it likes.
 """
 
@@ -222,13 +222,12 @@ class Script:
         self.addresses = [(match[1], int(match[2])) for match in found]
 
     def line(self):
-        return (
-            in_thread(self.process.stdout.readline).result(PATIENCE).decode().rstrip()
-        )
+        line = in_thread(self.process.stdout.readline).result(PATIENCE)
+        return line.decode().rstrip()
 
-    def stop(self, number=signal.SIGTERM):
-        """Send a signal; return the status, the rest of stdout, and stderr."""
-        self.process.send_signal(number)
+    def stop(self):
+        """Send SIGTERM; return the status, the rest of stdout, and stderr."""
+        self.process.send_signal(signal.SIGTERM)
         out, err = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, (out or b"").decode("ascii").splitlines(), err
 
@@ -456,9 +455,8 @@ def test_out_of_descriptors_accepting_rests_and_the_others_are_served(run):
     script = run("-q", "0", "--max-clients", "60", prefix=shell)
     assert script.line().startswith("only 40 descriptors for 60 clients: raise the ")
     with takes(1, 6), connected(script, 60) as clients:
-        assert (
-            script.line() == f"cannot accept: {os.strerror(errno.EMFILE)}; retry in 1 s"
-        )
+        reason = os.strerror(errno.EMFILE)
+        assert script.line() == f"cannot accept: {reason}; retry in 1 s"
         ask(clients[0])
         for client in clients[:30]:
             client.close()
@@ -573,9 +571,8 @@ def test_arguments_in_vain_are_answered_by_a_message(arguments, capfd):
 def test_a_port_belongs_to_one_server_and_a_failed_one_leaves_nothing(capfd):
     with echo.EchoServer(0, "127.0.0.1") as server:
         port = server.addresses[0][1]
-        with pytest.raises(
-            OSError, match=rf" cannot listen on 127.0.0.1:{port}: [^(]+$"
-        ):
+        message = rf" cannot listen on 127.0.0.1:{port}: [^(]+$"
+        with pytest.raises(OSError, match=message):
             echo.EchoServer(port, "127.0.0.1")
     socket.create_server(("127.0.0.1", port)).close()
     assert capfd.readouterr() == ("", "")
@@ -750,9 +747,8 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 
 def test_as_pid_1_it_can_be_terminated(run):
     unshare = ("unshare", "--pid", "--fork", "--kill-child")
-    if not shutil.which("unshare") or subprocess.call(
-        [*unshare, "true"], stderr=subprocess.DEVNULL
-    ):
+    true = (*unshare, "true")
+    if not shutil.which("unshare") or subprocess.call(true, stderr=subprocess.DEVNULL):
         pytest.skip("needs unshare, and the right to use it")
     script = run("0", prefix=unshare)
     pid = script.process.pid
@@ -764,11 +760,8 @@ def test_as_pid_1_it_can_be_terminated(run):
 # AS A MODULE
 def test_import_starts_nothing_and_installs_no_handler():
     def state():
-        return [
-            *map(signal.getsignal, SIGNALS),
-            *LOGGER.handlers,
-            threading.active_count(),
-        ]
+        handlers = [*map(signal.getsignal, SIGNALS), *LOGGER.handlers]
+        return handlers, threading.active_count()
 
     before = state()
     load_echo()
@@ -890,7 +883,7 @@ def test_every_fault_has_a_guard_that_stands_once_and_a_test_that_exists():
     assert [name for name in tests if name not in globals()] == []
 
 
-# PART TWO: EVERY SCHEDULE
+# PART TWO: ANY SCHEDULE
 
 # A real kernel mostly takes all that is sent, answers at once, and hardly ever runs out
 # of memory. This one does whatever a kernel may do, as a random number decides, and the
@@ -1303,9 +1296,8 @@ class Connection(Socket):
 
     def fail(self, error):
         if error == "EAGAIN":  # Now the server knows that nothing has come.
-            self.idle_since = min(
-                self.idle_since, self.moved + self.kernel.idle_timeout
-            )
+            idle_since = self.moved + self.kernel.idle_timeout
+            self.idle_since = min(self.idle_since, idle_since)
         else:
             self.failed = error
 
@@ -1396,14 +1388,10 @@ class Connection(Socket):
         if how == socket.SHUT_WR and self.ended == NEVER:
             must(not self.owed(), "EOF comes before bytes that are owed")
             stops = kernel.stopped < NEVER and kernel.turn > kernel.stopped_turn
-            is_long, is_idle = (
-                self.unfinished() > self.max_line,
-                self.idle_since <= kernel.now,
-            )
-            must(
-                stops or is_long or is_idle,
-                "it ends a connection too early, or for no reason",
-            )
+            is_long = self.unfinished() > self.max_line
+            is_idle = self.idle_since <= kernel.now
+            reason = stops or is_long or is_idle
+            must(reason, "it ends a connection too early, or for no reason")
             self.ended, self.doomed = kernel.now, min(self.doomed, kernel.now)
             kernel.decide(self, [None], errors=("ENOTCONN",))
 
