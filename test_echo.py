@@ -137,7 +137,8 @@ def takes(at_least, at_most):
     """Check how many seconds a block takes."""
     started = time.monotonic()
     yield
-    assert at_least <= (took := time.monotonic() - started) < at_most, f"{took:.1f} s"
+    took = time.monotonic() - started
+    assert at_least <= took < at_most, f"it took {took:.1f} s"
 
 
 def eventually(condition):
@@ -160,16 +161,21 @@ class Log(logging.Handler):
         return [s for n, s in self.kept if n >= level and re.search(pattern, s)]
 
 
+@contextlib.contextmanager
 def logged(level=logging.INFO):
     """Keep what is logged."""
-    LOGGER.handlers, LOGGER.handlers[0].kept = [Log()], []
+    handler = Log()
+    handler.kept = []
+    LOGGER.handlers = [handler]
     LOGGER.setLevel(level)
-    yield LOGGER.handlers[0]
+    yield handler
     LOGGER.handlers = []
 
 
-log = pytest.fixture(logged, name="log")
-logged = contextlib.contextmanager(logged)
+@pytest.fixture
+def log():
+    with logged() as handler:
+        yield handler
 
 
 def in_thread(function):
@@ -339,15 +345,20 @@ def test_who_half_closes_and_reads_late_gets_every_byte(start, name, monkeypatch
 
 @skip_if(not os.path.exists("/proc/self/schedstat"), reason="no /proc/PID/schedstat")
 def test_waiting_costs_no_system_call_and_no_cpu(run):
+    def is_asleep():
+        before = usage.read_text()
+        time.sleep(0.5)
+        return usage.read_text() == before
+
     script = run("0")
+    usage = pathlib.Path(f"/proc/{script.process.pid}/schedstat")  # CPU time, and runs
     with connected(script, 4) as (silent, half_line, stalled, half_closed):
         ask(silent)
         half_line.sendall(b"hel")
         flood(stalled)
         flood(half_closed)
         half_closed.shutdown(socket.SHUT_WR)
-        usage = pathlib.Path(f"/proc/{script.process.pid}/schedstat").read_text
-        eventually(lambda: usage() == (time.sleep(0.5) or usage()))
+        eventually(is_asleep)
 
 
 @pytest.mark.parametrize("state", ["mid-line", "owed"])
@@ -990,9 +1001,9 @@ class Kernel:
     def decide(self, sock, common, delays=(), errors=()):
         """Return one of the options, or spend a fault; before that, perhaps stop."""
         delays, errors = delays if self.delays else (), errors if self.faults else ()
-        rare = (*delays, *errors, *self.stops)
         if self.seed is None or not self.server:
             return common[0]
+        rare = (*delays, *errors, *self.stops)
         is_rare = rare and self.chance.random() < self.rarely
         option = self.chance.choice(rare if is_rare else common)
         if option in self.stops:
